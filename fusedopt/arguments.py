@@ -1,0 +1,62 @@
+"""Checks of hyper-parameters, with torch.optim's error types and words where torch has them."""
+
+from typing import Any
+
+import torch
+
+
+def check_lr(lr: float | torch.Tensor, foreach: bool | None, capturable: bool) -> None:
+    """lr ≥ 0; a tensor has one element and is not combined with ``foreach=True`` unless capturable."""
+    if isinstance(lr, torch.Tensor):
+        if foreach and not capturable:
+            raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}; it must be at least 0")
+
+
+def check_nonnegative(name: str, value: float | torch.Tensor) -> None:
+    """value ≥ 0 (NaN is refused)."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {name} value: {value}; it must be at least 0")
+
+
+def check_betas(betas: tuple[Any, Any], foreach: bool | None, capturable: bool) -> tuple[Any, Any]:
+    """Both in [0, 1), both floats or both one-element tensors; returns them with tensors as 0-dim."""
+    if len(betas) != 2:
+        raise ValueError(f"betas must be a pair (beta1, beta2), got {len(betas)} values")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
+    kinds = {isinstance(beta, torch.Tensor) for beta in betas}
+    if len(kinds) != 1 or (kinds == {False} and not all(isinstance(beta, float) for beta in betas)):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, torch.Tensor):
+            if foreach and not capturable:
+                raise ValueError(
+                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    first, second = (beta.squeeze() if isinstance(beta, torch.Tensor) else beta for beta in betas)
+    return first, second
+
+
+def check_flags(foreach: Any, fused: Any, differentiable: Any) -> None:
+    """Implementation flags are checked as torch checks them and then select nothing; differentiable is refused."""
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if differentiable:
+        raise RuntimeError(
+            "differentiable=True is not supported: fusedopt's step runs outside autograd; use torch.optim for it"
+        )
+
+
+def check_backend(backend: str) -> None:
+    """One of auto, triton, eager."""
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")

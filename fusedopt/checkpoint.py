@@ -1,0 +1,76 @@
+"""state_dict in and out: torch's format, without torch's casts.
+
+`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's dtype. Here state keeps the dtype
+it was saved with and only moves to the parameter's device. Options that torch does not have live in one group key,
+``"fusedopt"``, which exists only when a group uses one; it carries the version of this format.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+FORMAT_VERSION = 1
+"""Version written into ``param_groups[i]["fusedopt"]["version"]``; older ones stay readable."""
+
+KEY = "fusedopt"
+
+
+class _Raw:
+    """A parameter's state on its way through torch's loader, which casts tensors and dicts but not this."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+
+def load(
+    optimizer: "FusedOptimizer", state_dict: dict[str, Any], load_as_torch: Callable[[dict[str, Any]], None]
+) -> None:
+    """Load through torch's own loader (checks, hooks, group handling) with the state hidden from its casts."""
+    live = [group.get(KEY) for group in optimizer.param_groups]
+    pre_hooks = optimizer._optimizer_load_state_dict_pre_hooks
+
+    def hide(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+        _check_version(loaded)
+        groups = [dict(group) for group in loaded["param_groups"]]
+        for group, options in zip(groups, live, strict=False):
+            if options is not None:
+                group.setdefault(KEY, options)
+        return {**loaded, "param_groups": groups, "state": {k: _Raw(v) for k, v in loaded["state"].items()}}
+
+    handle = optimizer.register_load_state_dict_pre_hook(hide)  # appended: runs after the user's
+    try:
+        load_as_torch(state_dict)
+    finally:
+        handle.remove()
+        assert handle.id not in pre_hooks
+
+
+def restore(optimizer: "FusedOptimizer") -> None:
+    """After unpickling or loading: unwrap state, fill in options that older files lack."""
+    for p, state in list(optimizer.state.items()):
+        if isinstance(state, _Raw):
+            optimizer.state[p] = {key: _place(value, p) for key, value in state.state.items()}
+            optimizer._counters.pop(p, None)
+    for group in optimizer.param_groups:
+        for key, value in optimizer.defaults.items():
+            group.setdefault(key, value)
+        if optimizer.rule.decay == "decoupled" and "decoupled_weight_decay" in group:
+            group["decoupled_weight_decay"] = True
+
+
+def _place(value: Any, p: Tensor) -> Any:
+    return value.to(p.device) if isinstance(value, Tensor) else value
+
+
+def _check_version(state_dict: dict[str, Any]) -> None:
+    for index, group in enumerate(state_dict["param_groups"]):
+        version = group.get(KEY, {}).get("version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"param_groups[{index}] was written in format version {version}; this fusedopt reads up to "
+                f"{FORMAT_VERSION}: upgrade fusedopt"
+            )

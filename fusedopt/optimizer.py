@@ -1,0 +1,159 @@
+"""`FusedOptimizer`: the torch.optim face of every rule. What a step works on is in ``plan.py``."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from fusedopt_kernels import launch
+from torch import Tensor
+
+from . import checkpoint, compiled
+from .arguments import check_backend, check_flags
+from .eager import EagerStep
+from .plan import Plan, Segment
+from .rule import Rule
+from .state import init_state
+from .tables import DeviceTables
+from .warmup import compile_variants
+
+_LAUNCHER = launch.Launcher()
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here: a `Rule` run in a fixed number of launches over all parameters.
+
+    Drops in for torch.optim: group keys, state keys, hooks, closures and checkpoints are torch's. Nothing is
+    allocated, flattened or cached by object at construction; parameters, groups, gradients and state may be
+    replaced between steps.
+
+    backend: ``"auto"`` runs Triton kernels on GPU tensors and eager twins on others; ``"triton"`` insists on kernels
+    (on CPU tensors that needs ``TRITON_INTERPRET=1``); ``"eager"`` runs the twins everywhere (on a GPU each step
+    then reads the step counts back).
+    """
+
+    rule: ClassVar[Rule]
+    backend: str = "auto"
+    _plan: Plan | None = None
+    _launcher: launch.Launcher = _LAUNCHER
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, backend: str = "auto") -> None:
+        check_backend(backend)
+        self.backend = backend
+        self._counters: dict[Tensor, Tensor] = {}
+        self._tables: list[DeviceTables] = []
+        self._eager: list[EagerStep] = []
+        super().__init__(params, defaults)
+        check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
+
+    # ---------------------------------------------------------------------------------------------------- step
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's overloads
+        """One optimization step over every parameter that has a gradient; returns the closure's result.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            compiled.step(self)
+        else:
+            with torch.no_grad():
+                self._step()
+        return loss
+
+    def _step(self) -> None:
+        plan, changed = self._plan, None
+        if plan is not None and plan.refresh(self):
+            changed = plan.changed_groups(self)
+        if plan is None or changed is None:
+            plan = self._build()
+        elif changed:
+            for part in (*self._tables, *self._eager):
+                part.set_hypers(changed)
+        plan.pack()
+        for tables in self._tables:
+            tables.set_gradients(plan.grad_addresses)
+            tables.run()
+        for part in self._eager:
+            part.run(plan.grads)
+        plan.unpack()
+
+    def _build(self) -> Plan:
+        """A new plan from what is there now, and its parts by device."""
+        self._plan = None
+        plan = Plan(self)
+        devices: dict[torch.device, list[Segment]] = {}
+        for segment in plan.segments:
+            devices.setdefault(segment.weight.device, []).append(segment)
+        self._tables, self._eager = [], []
+        for device, segments in devices.items():
+            if self._runs_kernels(device):
+                tables = DeviceTables(self.rule, segments, plan.groups, self._launcher)
+                tables.set_hypers(range(len(plan.groups)))
+                self._tables.append(tables)
+            else:
+                self._eager.append(EagerStep(self.rule, segments, plan.groups))
+        self._plan = plan
+        return plan
+
+    def _runs_kernels(self, device: torch.device) -> bool:
+        if device.type == "cpu" and self.backend == "triton" and not self._launcher.accepts_cpu:
+            raise RuntimeError(
+                "backend='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 in the environment "
+                "before Python starts, move the parameters to a GPU, or use backend='eager'"
+            )
+        return self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
+
+    # --------------------------------------------------------------------------------------------------- state
+    def materialize_state(self) -> None:
+        """Create the state of every parameter that requires a gradient, without stepping."""
+        plan_groups = [_options(self, group) for group in self.param_groups]
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    init_state(self, Segment(p, index, 0), plan_groups[index])
+
+    def to(self, device: torch.device | str) -> "FusedOptimizer":
+        """Move all state to a device, to free memory elsewhere; a step brings it back to its parameters."""
+        for state in self.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = value.to(device)
+        self._plan = None
+        return self
+
+    def warmup(self) -> tuple[int, float]:
+        """Compile every kernel variant of the current groups; steps nothing and changes no state.
+
+        Under torch.distributed every rank must call it: the lowest local rank compiles first, the others then find
+        its results in Triton's cache. Returns (number of kernels made ready, seconds).
+        """
+        start = time.perf_counter()
+        return compile_variants(self), time.perf_counter() - start
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of its torch.optim namesake; state keeps the dtypes it was saved with.
+
+        Raises:
+            ValueError: groups that do not match, or a file written by a newer format.
+        """
+        checkpoint.load(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend, "_counters": self._counters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._tables, self._eager = None, [], []
+        self.__dict__.setdefault("_counters", {})
+        checkpoint.restore(self)
+
+
+def _options(optimizer: FusedOptimizer, group: dict[str, Any]) -> Any:
+    from .plan import GroupOptions
+
+    return GroupOptions(optimizer.rule, group)

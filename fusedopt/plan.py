@@ -1,0 +1,227 @@
+"""From live param_groups to segments: what a step works on, checked at every step.
+
+Nothing is cached by promise. Frameworks move gradients, swap parameters, load state and replace tensors between
+steps; `Plan.refresh` compares everything a plan was built from with what is there now, at C speed, and a plan that
+no longer holds is built anew. Gradient addresses are the one thing that may change freely.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .rule import Rule, Slot
+from .state import init_state
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+_grad = attrgetter("grad")
+_dtype = attrgetter("dtype")
+_address = torch._C.TensorBase.data_ptr
+_stride = torch._C.TensorBase.stride
+_params = itemgetter("params")
+
+
+class Segment:
+    """One parameter of the step: where its numbers are and how they are laid out.
+
+    weight: the parameter, or its packed copy when it has gaps. grad_buffer: where a gradient of another layout is
+    copied to, or None. slots: state tensors in the rule's order. counter: 0-dim step count, or None.
+    """
+
+    __slots__ = ("counter", "grad_buffer", "group", "param", "position", "residual", "slots", "weight")
+
+    def __init__(self, param: Tensor, group: int, position: int) -> None:
+        self.param, self.group, self.position = param, group, position
+        self.weight = param if layout.is_dense(param) else _packed(param)
+        self.grad_buffer: Tensor | None = None
+        self.slots: list[Tensor] = []
+        self.residual: Tensor | None = None
+        self.counter: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Stored real numbers."""
+        return self.weight.numel() * (2 if self.weight.is_complex() else 1)
+
+
+class GroupOptions:
+    """What the plan needs to know of one parameter group, and whether it still holds."""
+
+    def __init__(self, rule: Rule, group: dict[str, Any]) -> None:
+        self.keys = [key for key in group if key != "params"]
+        self._pick = itemgetter(*self.keys)
+        self.values: tuple[Any, ...] = self._pick(group)
+        self.hypers = rule.hypers(group)
+        self.tensors = [h for h in self.hypers if isinstance(h, Tensor)]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.variant = rule.variant(group)
+        self.slots = rule.slots(group)
+        self.decoupled = rule.decoupled(group)
+        self.maximize = bool(group.get("maximize", False))
+        self.options: dict[str, Any] = dict(group.get("fusedopt", {}))
+
+    def unchanged(self, group: dict[str, Any]) -> bool:
+        """Every option is the same object as before, and tensor options are where they were."""
+        if len(group) != len(self.keys) + 1:
+            return False
+        try:
+            values = self._pick(group)
+        except KeyError:
+            return False
+        return all(map(is_, values, self.values)) and (
+            not self.tensors or [t.data_ptr() for t in self.tensors] == self.addresses
+        )
+
+    def same_structure(self, other: "GroupOptions") -> bool:
+        """Only numbers differ: no other kernels, no other state."""
+        return (self.variant, self.slots, self.decoupled, self.maximize, self.options) == (
+            other.variant, other.slots, other.decoupled, other.maximize, other.options,
+        )  # fmt: skip
+
+
+class Plan:
+    """The segments of one step over all parameters that have a gradient."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        rule, groups = optimizer.rule, optimizer.param_groups
+        self.groups = [GroupOptions(rule, group) for group in groups]
+        self.lists = [list(group["params"]) for group in groups]
+        self.segments: list[Segment] = []
+        self.without_grad: list[Tensor] = []
+        for index, params in enumerate(self.lists):
+            for p in params:
+                if p.grad is None:
+                    self.without_grad.append(p)
+                else:
+                    _check_supported(optimizer, p)
+                    self.segments.append(Segment(p, index, len(self.segments)))
+        for segment in self.segments:
+            init_state(optimizer, segment, self.groups[segment.group])
+        self.params = [s.param for s in self.segments]
+        self.dtypes = list(map(_dtype, self.params))
+        self.strides = list(map(_stride, self.params))
+        self.addresses = list(map(_address, self.params))
+        self.states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        self.has_complex = any(p.is_complex() for p in self.params)
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        grads = [s.param.grad for s in self.segments]
+        self.grad_dtypes = list(map(_dtype, grads))
+        self.grad_strides = list(map(_stride, grads))
+        for segment, grad in zip(self.segments, grads, strict=True):
+            if not layout.same_layout(grad, segment.weight):
+                segment.grad_buffer = _grad_buffer(segment, grad)
+        self.relaid = [s for s in self.segments if s.grad_buffer is not None]
+        self.packed = [s for s in self.segments if s.weight is not s.param]
+        self.set_gradients(grads)
+
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        """Take this step's gradients; those of another layout (or lazily conjugated) are copied."""
+        self.grads = grads
+        for segment in self.relaid:
+            assert segment.grad_buffer is not None
+            segment.grad_buffer.copy_(grads[segment.position])
+            grads[segment.position] = segment.grad_buffer
+        if self.has_complex:
+            for i, g in enumerate(grads):
+                if layout.needs_resolving(g):
+                    grads[i] = torch.empty_like(self.segments[i].weight, dtype=g.dtype).copy_(g)
+        self.grad_addresses = list(map(_address, grads))
+
+    def refresh(self, optimizer: "FusedOptimizer") -> bool:
+        """True if the plan still describes the optimizer; then this step's gradients have been taken."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self.lists):
+            return False
+        for params, known in zip(map(_params, groups), self.lists, strict=True):
+            if len(params) != len(known) or not all(map(is_, params, known)):
+                return False
+        if any(g is not None for g in map(_grad, self.without_grad)):
+            return False
+        params = self.params
+        grads = list(map(_grad, params))
+        try:
+            if list(map(_stride, grads)) != self.grad_strides or list(map(_dtype, grads)) != self.grad_dtypes:
+                return False
+        except (TypeError, AttributeError, RuntimeError):  # a gradient went away or is sparse now
+            return False
+        if (
+            list(map(_address, params)) != self.addresses
+            or list(map(_dtype, params)) != self.dtypes
+            or list(map(_stride, params)) != self.strides
+        ):
+            return False
+        states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+            return False
+        self.set_gradients(grads)
+        return True
+
+    def changed_groups(self, optimizer: "FusedOptimizer") -> list[int] | None:
+        """Indices of groups whose numbers changed; None if a change needs another plan."""
+        changed = []
+        for index, group in enumerate(optimizer.param_groups):
+            if not self.groups[index].unchanged(group):
+                new = GroupOptions(optimizer.rule, group)
+                if not new.same_structure(self.groups[index]):
+                    return None
+                self.groups[index] = new
+                changed.append(index)
+        return changed
+
+    def pack(self) -> None:
+        """Copy parameters with gaps into their dense buffers."""
+        for segment in self.packed:
+            segment.weight.copy_(segment.param.detach())
+
+    def unpack(self) -> None:
+        """Copy the buffers back and tell autograd that every parameter changed."""
+        for segment in self.packed:
+            segment.param.detach().copy_(segment.weight)
+        torch.autograd.graph.increment_version(self.params)
+
+
+def _packed(param: Tensor) -> Tensor:
+    if layout.overlaps_itself(param):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has elements that share "
+            "memory (an expanded tensor); make it a tensor of its own with .clone() before optimising it"
+        )
+    layout.warn_once(
+        "packed",
+        "a parameter with gaps between its elements is packed and unpacked at every step; make it contiguous to "
+        "save two copies",
+    )
+    return torch.empty_like(param.detach(), memory_format=torch.preserve_format)
+
+
+def _grad_buffer(segment: Segment, grad: Tensor) -> Tensor:
+    if segment.weight is segment.param:
+        layout.warn_once(
+            "relaid",
+            f"a gradient with strides {grad.stride()} is copied at every step into its parameter's layout "
+            f"{segment.weight.stride()}; give both the same memory format to save the copy",
+        )
+    return torch.empty_like(segment.weight, dtype=grad.dtype)
+
+
+def _check_supported(optimizer: "FusedOptimizer", p: Tensor) -> None:
+    name = type(optimizer).__name__
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+    if hasattr(p, "to_local"):
+        raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
+    if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
+        raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex parameters, got {p.dtype}")
+
+
+def slot_columns(slots: Sequence[Slot]) -> list[str]:
+    """Names of the parameter-shaped slots, in the order of the rule's state tuple."""
+    return [slot.name for slot in slots if slot.shape == "param"]

@@ -1,0 +1,96 @@
+"""State of a parameter: made lazily, torch-shaped, kept in its own dtype.
+
+``state[p]`` holds what torch.optim would: ``step`` (0-dim fp32, fp64 under a float64 default dtype) and one tensor
+like the parameter per slot. State that is there already (loaded, pre-created, on another device or in another
+layout) is taken over; only what is missing is created.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fusedopt_kernels.param import split16
+from torch import Tensor
+
+from . import layout
+from .rule import Slot
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+    from .plan import GroupOptions, Segment
+
+
+def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupOptions") -> None:
+    """Create what is missing of a segment's state and hand the segment its tensors."""
+    p, rule = segment.param, optimizer.rule
+    if options.slots or rule.counts_in_state or "weights" in options.options:
+        state = optimizer.state[p]
+    else:
+        state = {}
+    fresh = not any(slot.name in state for slot in options.slots)
+    if rule.counts_in_state:
+        state["step"] = _step_tensor(state.get("step", 0.0), p.device)
+        segment.counter = state["step"]
+    elif options.slots:
+        segment.counter = _hidden_counter(optimizer, p, fresh)
+    for slot in options.slots:
+        have = state.get(slot.name)
+        if have is None:
+            have = _make_slot(slot, segment, options)
+        state[slot.name] = _fit(have, segment.weight)
+        segment.slots.append(state[slot.name])
+    if options.options.get("weights") == "split16":
+        split16.codec(p.dtype)
+        have = state.get("param_residual")
+        state["param_residual"] = (
+            split16.initial_residual(segment.weight) if have is None else _fit(have, segment.weight)
+        )
+        segment.residual = state["param_residual"]
+
+
+def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tensor:
+    dtype = options.options.get("state_dtype", {}).get(slot.name)
+    if dtype is None and "weights" in options.options:
+        dtype = torch.float32
+    if dtype is None:
+        dtype = segment.param.dtype
+        if slot.kind == "nonnegative" and dtype in (torch.bfloat16, torch.float16):
+            layout.warn_once(
+                "low-precision average",
+                f"state {slot.name!r} takes its parameter's dtype, {dtype}, as torch.optim does: a running average "
+                "of squares gets stuck at that precision; keep parameters in fp32 where you can",
+            )
+    source = segment.param.detach() if slot.init == "param" else None
+    state = torch.zeros_like(segment.weight.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    return state if source is None else state.copy_(source)
+
+
+def _fit(have: Tensor, weight: Tensor) -> Tensor:
+    """State on the parameter's device and in its layout; values and dtype stay."""
+    if have.shape != weight.shape:
+        raise RuntimeError(
+            f"optimizer state of shape {tuple(have.shape)} does not fit a parameter of shape {tuple(weight.shape)}; "
+            "load a checkpoint of this model or clear optimizer.state"
+        )
+    if have.device == weight.device and layout.same_layout(have, weight):
+        return have
+    return torch.empty_like(weight.detach(), dtype=have.dtype).copy_(have)
+
+
+def _step_tensor(step: Any, device: torch.device) -> Tensor:
+    """Step count as a 0-dim floating tensor on the parameter's device (numbers and CPU tensors are accepted)."""
+    if not isinstance(step, Tensor):
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        return torch.tensor(float(step), dtype=dtype, device=device)
+    if step.device == device and step.dtype in (torch.float32, torch.float64):
+        return step
+    dtype = step.dtype if step.dtype == torch.float64 else torch.float32
+    return step.to(device=device, dtype=dtype)
+
+
+def _hidden_counter(optimizer: "FusedOptimizer", p: Tensor, fresh: bool) -> Tensor:
+    """Step count of a rule for which torch keeps none: zero when its state is new, else past the first step."""
+    have = optimizer._counters.get(p)
+    if have is None or fresh or have.device != p.device:
+        have = torch.tensor(0.0 if fresh else 1.0, dtype=torch.float32, device=p.device)
+        optimizer._counters[p] = have
+    return have

@@ -1,0 +1,233 @@
+"""The Triton side of a plan: device tables, chunk maps and kernel variants of one device.
+
+Built once per plan; a steady step uploads gradient addresses if they moved, hyper-parameters if they changed, and
+launches: one norm kernel per gradient dtype when a norm is wanted, one scalars kernel, one update kernel per
+variant (two for two-pass rules). Segments are launched last chunk first, so that the update starts with what the
+norm pass read last, which is still in L2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from fusedopt_kernels import launch, table
+from fusedopt_kernels.grad import coefficient, l2, maximize
+from fusedopt_kernels.numerics import REAL_TYPE, compute_type
+from fusedopt_kernels.param import plain, split16
+from fusedopt_kernels.state import wide
+from torch import Tensor
+
+from .plan import GroupOptions, Segment
+from .rule import Rule
+from .upload import DeviceTable
+
+WEIGHTS: dict[str | None, Any] = {None: plain, "split16": split16}
+"""Weight formats by name."""
+
+
+def transforms(with_norm: bool, decoupled: bool, own: bool) -> tuple[Any, ...]:
+    """Gradient transforms of a variant, in the order of a step."""
+    clip = (coefficient,) if with_norm else ()
+    return (*clip, maximize, *(() if decoupled or own else (l2,)))
+
+
+class DeviceTables:
+    """Tables and launches for the segments that live on one device."""
+
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], launcher: launch.Launcher
+    ) -> None:
+        self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, launcher
+        self.device = segments[0].weight.device
+        options = groups[segments[0].group].options
+        self.with_norm = "max_norm" in options or "skip_nonfinite" in options
+        self.positions = np.array([s.position for s in segments])
+        self.base_flags = np.array([self._base_flags(s) for s in segments], dtype=np.int64)
+        self.fixed_aligned = np.array([_aligned(s) for s in segments])
+        n, ng = len(segments), len(groups)
+        self.rows = DeviceTable((n, table.ROW_WIDTH.value), torch.int64, self.device)
+        self.grads = DeviceTable((n,), torch.int64, self.device)
+        self.hypers = DeviceTable((ng, table.HYPER_WIDTH.value), torch.float64, self.device)
+        self.addresses = DeviceTable((ng, table.HYPER_WIDTH.value), torch.int64, self.device)
+        self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
+        self._fill_rows()
+        self._fill_header(options)
+        self.launches = self._launches()
+
+    # ------------------------------------------------------------------------------------------------- tables
+    def _base_flags(self, segment: Segment) -> int:
+        group = self.groups[segment.group]
+        flags = table.MAXIMIZE.value if group.maximize else 0
+        flags |= table.DECOUPLED.value if group.decoupled else 0
+        flags |= table.OWN_DECAY.value if self.rule.decay == "own" else 0
+        if segment.counter is not None and segment.counter.dtype == torch.float64:
+            flags |= table.STEP_IS_FP64.value
+        return flags
+
+    def _fill_rows(self) -> None:
+        rows = self.rows.array
+        rows[:] = 0
+        chunks = 0
+        partials = 0
+        for row, s in zip(rows, self.segments, strict=True):
+            n, length = s.numel, _row_length(s.weight)
+            row[table.PARAM.value], row[table.NUMEL.value], row[table.GROUP.value] = s.weight.data_ptr(), n, s.group
+            row[table.STEP.value] = 0 if s.counter is None else s.counter.data_ptr()
+            row[table.RESIDUAL.value] = 0 if s.residual is None else s.residual.data_ptr()
+            row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = length
+            row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
+            row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, -(-n // table.CHUNK)
+            for j, slot in enumerate(s.slots):
+                row[table.SLOTS.value + 2 * j] = slot.data_ptr()
+            partials += -(-n // table.NORM_CHUNK)
+            chunks += -(-n // table.CHUNK)
+        self.n_chunks, self.n_partials = chunks, partials
+
+    def _fill_header(self, options: dict[str, Any]) -> None:
+        counts = self.rows.array[:, table.NORM_COUNT.value]
+        multi = np.flatnonzero(counts > 1)
+        self.counts = torch.tensor([len(self.segments), len(multi), *multi], dtype=torch.int64, device=self.device)
+        header = [0.0] * table.HEADER_WIDTH.value
+        header[table.MAX_NORM.value] = float(options.get("max_norm", float("inf")))
+        header[table.SKIP_NONFINITE.value] = float(bool(options.get("skip_nonfinite", False)))
+        wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in map(_grad_dtype, self.segments))
+        header[table.NORM_IS_FP64.value] = float(wide_grad)
+        self.header = torch.tensor(header, dtype=torch.float64, device=self.device)
+        partials = max(1, 2 * self.n_partials, self.n_chunks * self.rule.n_norms)
+        self.partials = torch.zeros(partials, dtype=torch.float64, device=self.device)
+
+    def set_gradients(self, addresses: list[int]) -> None:
+        """Take this step's gradient addresses; rows change only when an alignment does."""
+        grads = np.array(addresses, dtype=np.int64)
+        if len(grads) != len(self.positions):
+            grads = grads[self.positions]
+        aligned = self.fixed_aligned & (grads & 15 == 0)
+        flags = self.base_flags | np.where(aligned, table.ALIGNED.value, 0)
+        column = self.rows.array[:, table.FLAGS.value]
+        if not np.array_equal(column, flags):
+            column[:] = flags
+            self.rows.upload()
+        self.grads.update(grads)
+
+    def set_hypers(self, indices: Sequence[int]) -> None:
+        """Take the current hyper-parameters of some groups; tensors are read on the device at each step."""
+        for index in indices:
+            for column, value in enumerate(self.groups[index].hypers):
+                address = _hyper_address(value, self.device)
+                self.addresses.array[index, column] = address
+                self.hypers.array[index, column] = 0.0 if address else float(value)
+        self.hypers.upload()
+        self.addresses.upload()
+
+    # ------------------------------------------------------------------------------------------------ launches
+    def _launches(self) -> list[tuple[launch.KernelSpec, int, tuple[Tensor, ...]]]:
+        """(spec, grid, pointer arguments) of every launch of a step, in order."""
+        rows, grads = self.rows.tensor, self.grads.tensor
+        out: list[tuple[launch.KernelSpec, int, tuple[Tensor, ...]]] = []
+        if self.with_norm:
+            for dtype, members in self._by(_grad_dtype).items():
+                chunks = self._chunk_map(members, table.NORM_CHUNK, False)
+                if len(chunks):
+                    out.append((launch.norm_spec(dtype), len(chunks), (rows, grads, chunks, self.partials)))
+        rule, n = self.rule, len(self.segments)
+        spec = launch.scalars_spec(
+            f"{rule.name}_scalars", rule.scalars, len(rule.hyper), rule.n_scalars, self.with_norm
+        )
+        grid = 1 if self.with_norm else -(-n // launch.SCALARS_BLOCK)
+        hypers, addresses = self.hypers.tensor, self.addresses.tensor
+        args = (rows, hypers, addresses, self.scalars, self.partials, self.header, self.counts)
+        out.append((spec, grid, args))
+        for key, members in self._by(self._variant).items():
+            chunks = self._chunk_map(members, table.CHUNK, True)
+            if len(chunks):
+                args = (rows, grads, chunks, self.scalars, self.partials)
+                out.extend((spec, len(chunks), args) for spec in self._update_specs(*key))
+        return out
+
+    def _by(self, key: Callable[[Segment], Any]) -> dict[Any, list[int]]:
+        found: dict[Any, list[int]] = {}
+        for index, segment in enumerate(self.segments):
+            found.setdefault(key(segment), []).append(index)
+        return found
+
+    def _variant(self, s: Segment) -> tuple[Any, ...]:
+        """Everything that selects a compiled variant."""
+        group = self.groups[s.group]
+        return (
+            group.variant,
+            s.weight.dtype,
+            _grad_dtype(s),
+            tuple(slot.dtype for slot in s.slots),
+            group.options.get("weights"),
+            group.decoupled,
+        )
+
+    def _update_specs(
+        self, variant: tuple[bool, ...], dtype: torch.dtype, grad: torch.dtype, slots: tuple[torch.dtype, ...],
+        weights: str | None, decoupled: bool,
+    ) -> list[launch.KernelSpec]:  # fmt: skip
+        rule = self.rule
+        common: dict[str, Any] = dict(
+            variant=variant,
+            weight=WEIGHTS[weights].codec(dtype),
+            states=tuple(wide.codec(slot) for slot in slots),
+            transforms=tuple(t.apply for t in transforms(self.with_norm, decoupled, rule.decay == "own")),
+            grad=grad,
+            compute=compute_type(dtype),
+            n_scalars=rule.n_scalars,
+            n_norms=rule.n_norms,
+        )
+        specs = [launch.update_spec(rule.name, rule=rule.update, **common)]
+        if rule.n_norms:
+            measure = launch.update_spec(f"{rule.name}_measure", rule=None, measure=rule.measure, **common)
+            specs.insert(0, measure)
+        return specs
+
+    def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
+        """(segment, chunk) of every program, int32, for the segments of one launch."""
+        index = np.array(members)
+        counts = -(-self.rows.array[index, table.NUMEL.value] // chunk)
+        segment = np.repeat(index, counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        pairs = np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
+        pairs = pairs[::-1] if last_first else pairs
+        return torch.from_numpy(np.ascontiguousarray(pairs)).to(self.device)
+
+    def run(self) -> None:
+        """Launch the step on the current stream of the device."""
+        run = self.launcher.run
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                for spec, grid, args in self.launches:
+                    run(spec, grid, args)
+        else:
+            for spec, grid, args in self.launches:
+                run(spec, grid, args)
+
+
+def _grad_dtype(s: Segment) -> torch.dtype:
+    grad = s.param.grad
+    assert grad is not None
+    return grad.dtype
+
+
+def _aligned(s: Segment) -> bool:
+    """Every address but the gradient's is a multiple of 16."""
+    tensors = [s.weight, *s.slots, *([] if s.residual is None else [s.residual])]
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _row_length(t: Tensor) -> int:
+    """Stored numbers in one row along dim 0 (all of them for 0-dim and 1-dim tensors)."""
+    n = t.numel() * (2 if t.is_complex() else 1)
+    return n // t.shape[0] if t.dim() > 1 and t.shape[0] else n
+
+
+def _hyper_address(value: Any, device: torch.device) -> int:
+    """Tagged address of a hyper-parameter tensor that lives on the device; 0 for what is uploaded as a float."""
+    if not isinstance(value, Tensor) or value.device != device:
+        return 0
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"hyper-parameter tensors must be float32 or float64, got {value.dtype}")
+    return value.data_ptr() << 1 | (value.dtype == torch.float64)

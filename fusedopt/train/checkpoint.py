@@ -1,0 +1,127 @@
+"""The checkpoint of a run: written atomically, read back only when it is whole and this run continues it exactly."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedopt.train.config import STRUCTURE, TrainConfig, differences, from_dict
+from fusedopt.train.errors import BadInput
+
+if TYPE_CHECKING:
+    from fusedopt.train.trainer import Trainer
+
+FILE_NAME = "checkpoint.pt"
+FORMAT = 1
+KEYS = {"format", "step", "config", "environment", "runs"}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: at any moment, also after a power cut, it holds the old or the new bytes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from None
+
+
+def save(folder: Path, config: TrainConfig, environment: dict[str, Any], step: int, runs: dict[str, Any]) -> None:
+    """Write the checkpoint of `folder`. `runs` maps "fusedopt" (and "torch") to the state of its trainer."""
+    buffer = io.BytesIO()
+    content = {"format": FORMAT, "step": step, "config": config.as_dict(), "environment": environment, "runs": runs}
+    torch.save(content, buffer)
+    write_atomically(folder / FILE_NAME, buffer.getvalue())
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint of `folder`, with "config" as a TrainConfig; None when there is none, BadInput when damaged."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    remedy = "delete it to start anew without it"
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no checksum
+            damaged = archive.testzip()
+        if damaged:
+            raise BadInput(f"checkpoint {path} is damaged (checksum of {damaged}): {remedy}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BadInput(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, NotImplementedError):
+        raise BadInput(f"checkpoint {path} is damaged or not a checkpoint: {remedy}") from None
+    if not isinstance(content, dict) or not content.keys() >= KEYS:
+        raise BadInput(f"{path} is not a checkpoint of fusedopt train: {remedy}")
+    if content["format"] != FORMAT:
+        raise BadInput(f"checkpoint {path} has format {content['format']}, this version reads format {FORMAT}")
+    try:
+        content["config"] = from_dict(content["config"])
+    except (KeyError, TypeError):
+        raise BadInput(f"checkpoint {path} lacks settings of this version: {remedy}") from None
+    return content
+
+
+def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
+    """Load one trainer's state; BadInput when the checkpoint of `folder` does not hold what it should."""
+    try:
+        trainer.load_state_dict(saved["runs"][trainer.library])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"checkpoint {folder / FILE_NAME} does not fit this version: {reason}") from None
+
+
+def describe_environment(config: TrainConfig, text_digest: str) -> dict[str, Any]:
+    """What, besides the settings, the bits of a run depend on."""
+    gpu = config.device != "cpu"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    kernels = "none (eager)" if config.backend == "eager" else "interpreted" if interpreted else "compiled"
+    processor = torch.cuda.get_device_name() if gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "text": text_digest,
+        "threads": torch.get_num_threads(),
+        "processor": processor,
+        "kernels": kernels,
+        **{f"{package} version": _version(package) for package in ("fusedopt", "torch", "triton", "numpy")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def check_continues(
+    saved: dict[str, Any], config: TrainConfig, environment: dict[str, Any], allow_inexact: bool
+) -> list[str]:
+    """Raise BadInput unless this run continues the checkpoint; the differences that `allow_inexact` let pass."""
+    structure = differences(saved["config"], config, STRUCTURE)
+    if structure:
+        raise BadInput(f"the checkpoint does not fit: {'; '.join(structure)}; leave these out or use another --out")
+    if saved["step"] > config.steps:
+        raise BadInput(f"the checkpoint is at step {saved['step']}, past --steps {config.steps}")
+    inexact = differences(saved["config"], config)
+    for name, now in environment.items():
+        before = saved["environment"].get(name)
+        if before != now:
+            inexact.append("the text has changed" if name == "text" else f"{name} was {before}, now {now}")
+    if inexact and not allow_inexact:
+        remedy = "restore these (threads: OMP_NUM_THREADS), or add --allow-inexact"
+        raise BadInput(f"resuming would not be bit-exact: {'; '.join(inexact)}: {remedy}")
+    return inexact

@@ -1,0 +1,185 @@
+"""The run: step, log, evaluate, save, until done or stopped. With a second trainer the two step side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from fusedopt.train import checkpoint
+from fusedopt.train.config import TrainConfig
+from fusedopt.train.data import Text
+from fusedopt.train.errors import Diverged
+from fusedopt.train.metrics import MetricsLog, read
+from fusedopt.train.trainer import StepRecord, Trainer, largest_difference, milliseconds
+
+Rows = list[dict[str, Any]]
+STEPS_IN_FLIGHT = 10  # on a GPU: reading each loss at once would make the device wait for the host
+
+
+class View(Protocol):
+    """Who watches a run."""
+
+    def update(self, rows: Rows) -> None:
+        """New rows of metrics.jsonl."""
+        ...
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM ask for a stop after the current step; a second one acts at once."""
+
+    signal_number = 0
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, self._previous[number])
+
+
+def make_deterministic(device: str) -> None:
+    """On a GPU, choose kernels whose results do not depend on timing, before the first one runs."""
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def run(
+    config: TrainConfig, text: Text, folder: Path, environment: dict[str, Any], saved: dict[str, Any] | None, view: View
+) -> tuple[dict[str, str], int]:
+    """Train from `saved`, or from the start: the optimizers' names, and 0 or the signal that stopped the run."""
+    make_deterministic(config.device)
+    libraries = ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",)
+    trainers = {library: Trainer(config, library, text) for library in libraries}
+    if saved:
+        for trainer in trainers.values():
+            checkpoint.restore(trainer, saved, folder)
+    log = MetricsLog(folder, saved["step"] if saved else -1)
+    checkpoint.write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=1).encode() + b"\n")
+    try:
+        with StopRequest() as stop:
+            _train(config, trainers, log, folder, environment, view, stop)
+    finally:
+        log.close()
+    return {library: trainer.name for library, trainer in trainers.items()}, stop.signal_number
+
+
+def _train(
+    config: TrainConfig,
+    trainers: dict[str, Trainer],
+    log: MetricsLog,
+    folder: Path,
+    environment: dict[str, Any],
+    view: View,
+    stop: StopRequest,
+) -> None:
+    step = trainers["fusedopt"].steps_done
+    if step == 0:
+        _write(log, view, _evaluate(trainers, [{"run": library, "step": 0} for library in trainers]))
+    pending: list[tuple[str, StepRecord]] = []
+    while step < config.steps and not stop.signal_number:
+        pending += [(library, trainer.step()) for library, trainer in trainers.items()]
+        step += 1
+        last = step == config.steps
+        evaluate = last or step % config.val_interval == 0
+        save = last or step % config.checkpoint_interval == 0 or bool(stop.signal_number)
+        if config.device == "cpu" or evaluate or save or step % STEPS_IN_FLIGHT == 0:
+            rows = _rows(pending, config)
+            pending.clear()
+            if evaluate or step == 1:
+                newest = rows[-len(trainers) :]
+                _evaluate(trainers, newest) if evaluate else _compare(trainers, newest)
+            _write(log, view, rows)
+        if save:
+            log.flush(sync=True)
+            states = {library: trainer.state_dict() for library, trainer in trainers.items()}
+            checkpoint.save(folder, config, environment, step, states)
+
+
+def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig) -> Rows:
+    """Rows of metrics.jsonl; waits for the device. Diverged when a loss or gradient norm is not finite."""
+    if config.device != "cpu":
+        torch.cuda.synchronize()
+    rows = []
+    for library, record in pending:
+        loss, grad_norm = float(record.loss), float(record.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise Diverged(
+                f"{library}: loss {loss}, gradient norm {grad_norm} at step {record.step}: try a lower --lr or more "
+                "--warmup-steps"
+            )
+        step_ms = milliseconds(record.step_marks)
+        rows.append(
+            {
+                "run": library,
+                "step": record.step,
+                "loss": loss,
+                "lr": record.lr,
+                "grad_norm": grad_norm,
+                "step_ms": round(step_ms, 4),
+                "optimizer_ms": round(milliseconds(record.optimizer_marks), 4),
+                "tokens_per_s": round(1e3 * config.batch_size * config.max_seq_len / step_ms),
+            }
+        )
+    return rows
+
+
+def _evaluate(trainers: dict[str, Trainer], rows: Rows) -> Rows:
+    """Add the validation loss (and the parameter difference) to one row per trainer."""
+    for row in rows:
+        row["val_loss"] = trainers[row["run"]].evaluate()
+    return _compare(trainers, rows)
+
+
+def _compare(trainers: dict[str, Trainer], rows: Rows) -> Rows:
+    if "torch" in trainers:
+        difference, name = largest_difference(trainers["fusedopt"].model, trainers["torch"].model)
+        rows[0].update(largest_difference=difference, largest_difference_in=name)
+    return rows
+
+
+def _write(log: MetricsLog, view: View, rows: Rows) -> None:
+    for row in rows:
+        log.append(row)
+    log.flush()
+    view.update(rows)
+
+
+def summarise(folder: Path, names: dict[str, str]) -> dict[str, Any]:
+    """The run so far, from metrics.jsonl, also written to summary.json. Times are medians in milliseconds."""
+    rows = read(folder)
+    summary: dict[str, Any] = {"step": max((row["step"] for row in rows), default=0), "runs": {}}
+    for library, name in names.items():
+        own = [row for row in rows if row["run"] == library]
+        validation = [row["val_loss"] for row in own if "val_loss" in row]
+        timed = [row for row in own if row["step"] > 1] or [row for row in own if row["step"] > 0]
+        summary["runs"][library] = {
+            "optimizer": name,
+            "val_loss_first": validation[0] if validation else None,
+            "val_loss_last": validation[-1] if validation else None,
+            "step_ms": statistics.median(row["step_ms"] for row in timed) if timed else None,
+            "optimizer_ms": statistics.median(row["optimizer_ms"] for row in timed) if timed else None,
+        }
+    compared = [row for row in rows if "largest_difference" in row and row["step"] > 0]
+    if compared:
+        keys = ("step", "largest_difference", "largest_difference_in")
+        summary["parameter_difference"] = [{key: row[key] for key in keys} for row in (compared[0], compared[-1])]
+    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+    return summary

@@ -1,0 +1,103 @@
+"""From an optimizer's and a schedule's name to the objects."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import fusedopt
+from fusedopt.rules import RULES
+from fusedopt.train.config import TrainConfig
+from fusedopt.train.errors import BadInput
+
+# What works on the default model; every other rule takes lr 1e-3 and its own constructor's defaults.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 2e-3},
+    "adamw": {"lr": 2e-3, "weight_decay": 0.1},
+    "sgd": {"lr": 0.1, "momentum": 0.9},
+}
+
+
+def rule_name(name: str) -> str:
+    """`name` as `fusedopt.rules` spells it. BadInput with the closest known name otherwise."""
+    if name.lower() in RULES:
+        return name.lower()
+    close = difflib.get_close_matches(name.lower(), RULES, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise BadInput(f"unknown optimizer {name}: {hint}(known: {', '.join(sorted(RULES))})")
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """`("momentum=0.9", "betas=(0.9, 0.99)")` as keyword arguments."""
+    arguments = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        try:
+            arguments[name.strip().replace("-", "_")] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            equals = ""
+        if not equals:
+            raise BadInput(f"--optimizer-arg takes NAME=VALUE with a Python literal as value, not {pair!r}")
+    return arguments
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, norm gains without."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The configured optimizer over `model`, from `library`: "fusedopt" or "torch" (there in its fused form)."""
+    class_name = RULES[config.optimizer]
+    optimizer_class = getattr(fusedopt if library == "fusedopt" else torch.optim, class_name, None)
+    if optimizer_class is None:
+        raise BadInput(f"--compare torch: torch.optim has no {class_name}")
+    accepted = inspect.signature(optimizer_class).parameters
+    arguments = dict(config.optimizer_args, lr=config.lr)
+    if library == "fusedopt":
+        arguments["backend"] = config.backend
+    elif "fused" in accepted:
+        arguments["fused"] = True
+    for name in set(arguments) - set(accepted):
+        close = difflib.get_close_matches(name, accepted, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise BadInput(f"--optimizer-arg {name}: {library}'s {class_name} takes no such argument{hint}")
+    try:
+        return optimizer_class(parameter_groups(model, config.weight_decay), **arguments)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{class_name}: {error}") from error
+
+
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer as the report names it, such as `torch.optim.AdamW (fused)`."""
+    library = "torch.optim" if type(optimizer).__module__.startswith("torch.") else "fusedopt"
+    fused = " (fused)" if library == "torch.optim" and optimizer.defaults.get("fused") else ""
+    return f"{library}.{type(optimizer).__name__}{fused}"
+
+
+def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    """Linear warm-up over `warmup_steps`, then constant, or linear or cosine down to `min_lr` at the last step."""
+    length = max(1, config.steps - config.warmup_steps)
+    final = config.min_lr / config.lr if config.lr > 0 else 1.0
+    if config.schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, T_max=length, eta_min=config.min_lr)
+    elif config.schedule == "linear":
+        main = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=final, total_iters=length)
+    else:
+        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if config.warmup_steps == 0:
+        return main
+    start = 1.0 / (config.warmup_steps + 1)
+    warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=config.warmup_steps)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, main], milestones=[config.warmup_steps])

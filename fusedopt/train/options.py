@@ -1,0 +1,119 @@
+"""The options of `fusedopt train`, in the sections of its help. None stands for a default: see `config.resolve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fusedopt.train.config import DEFAULT_OUT, DTYPES, SCHEDULES, SIZES
+
+
+class SectionOption(click.Option):
+    """An option that names its section of the help."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """Prints options by section, and reads `--text a b c` as `--text a --text b --text c`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_option("--text", args))
+
+
+def repeat_option(name: str, args: list[str]) -> list[str]:
+    """Put `name` before each value that follows it, up to the next option."""
+    result: list[str] = []
+    values = -1  # of `name` read so far; -1 outside its list
+    for argument in args:
+        if argument.startswith("-"):
+            values = 0 if argument == name else -1
+        elif values >= 0:
+            if values > 0:
+                result.append(name)
+            values += 1
+        result.append(argument)
+    return result
+
+
+def by_machine(name: str) -> str:
+    """The defaults of a size, as the help shows them."""
+    cpu, gpu, interpreted = (SIZES[machine][name] for machine in ("cpu", "gpu", "interpreter"))
+    return f"[{cpu}; on a GPU {gpu}; interpreted {interpreted}]"
+
+
+def _option(name: str, text: str, type: Any = str, **settings: Any) -> dict[str, Any]:
+    return dict(param_decls=[name], help=text, type=type, **settings)
+
+
+def _flag(name: str, text: str) -> dict[str, Any]:
+    return dict(param_decls=[name], help=text, is_flag=True)
+
+
+def _choice(*names: str) -> click.Choice:
+    return click.Choice(names)
+
+
+SECTIONS: dict[str, list[dict[str, Any]]] = {
+    "Data": [
+        _option("--text", "Train on these files. The last tenth of each is held out. [Python's own source files]",
+                multiple=True, metavar="FILE..."),
+    ],
+    "Model": [
+        _option("--hidden-size", f"Width of the model. {by_machine('hidden_size')}", int),
+        _option("--num-layers", f"Transformer blocks. {by_machine('num_layers')}", int),
+        _option("--num-heads", f"Attention heads; must divide the width. {by_machine('num_heads')}", int),
+        _option("--max-seq-len", f"Bytes per sequence. {by_machine('max_seq_len')}", int),
+        _option("--dropout", f"Dropout probability. {by_machine('dropout')}", float),
+    ],
+    "Training": [
+        _option("--steps", f"Optimizer steps. {by_machine('steps')}", int),
+        _option("--batch-size", f"Sequences per step. {by_machine('batch_size')}", int),
+        _option("--seed", "Seed of weights, data order and dropout. [0]", int),
+        _option("--dtype", "Data type of the weights. [fp32]", _choice(*DTYPES)),
+        _option("--amp", "Autocast of the forward pass. [off; on a GPU bf16]", _choice("off", "bf16")),
+        _option("--clip", "Clip the gradient to this global norm; 0 = off. [1]", float, metavar="NORM"),
+        _option("--device", "Where to train. [auto: a GPU if there is one]", _choice("auto", "cpu", "cuda")),
+    ],
+    "Optimizer": [
+        _option("--optimizer", "Update rule, such as adamw, adam or sgd. [adamw]", metavar="NAME"),
+        _option("--lr", "Peak learning rate. [adam and adamw 0.002, sgd 0.1, others 0.001]", float),
+        _option("--schedule", "Learning rate after the warm-up. [cosine]", _choice(*SCHEDULES)),
+        _option("--warmup-steps", "Steps of linear warm-up. [5 % of the steps]", int),
+        _option("--min-lr", "Learning rate at the end of linear and cosine. [lr / 10]", float),
+        _option("--weight-decay", "Weight decay of the matrices. [adamw 0.1, others 0]", float),
+        _option("--optimizer-arg", "Another argument of the optimizer's class, such as betas=(0.9,0.99); repeatable. "
+                "[sgd: momentum=0.9]", multiple=True, metavar="NAME=VALUE"),
+        _option("--backend", "auto: triton on a GPU, else eager. triton without a GPU runs the kernels in Triton's "
+                "interpreter. [auto]", _choice("auto", "eager", "triton")),
+        _option("--compare", "Train the same seed with torch.optim's class as well; report parameter difference, "
+                "losses and step times. [none]", _choice("none", "torch")),
+    ],
+    "Run": [
+        _option("--out", f"Output folder. [{DEFAULT_OUT}]", metavar="FOLDER"),
+        _flag("--resume", "Continue from the checkpoint in the output folder, with its settings; start anew when "
+              "there is none."),
+        _flag("--overwrite", "Start anew even if the output folder holds a run."),
+        _flag("--allow-inexact", "Resume although text, settings, versions or thread count differ, and then the bits "
+              "may too."),
+        _option("--checkpoint-interval", "Steps between checkpoints. [steps / 10]", int, metavar="STEPS"),
+        _option("--val-interval", "Steps between validations. [steps / 10]", int, metavar="STEPS"),
+        _option("--val-batches", "Batches per validation. [8]", int),
+    ],
+}  # fmt: skip
+OPTIONS: list[click.Parameter] = [
+    SectionOption(section=section, **settings) for section, options in SECTIONS.items() for settings in options
+]

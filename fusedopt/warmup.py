@@ -1,0 +1,76 @@
+"""Compile every variant that a step would use, on one-element stand-ins for the real tensors."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def compile_variants(optimizer: "FusedOptimizer") -> int:
+    """Number of kernels made ready; see `FusedOptimizer.warmup`."""
+    distributed = dist.is_available() and dist.is_initialized()
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if distributed and not first:
+        dist.barrier()
+    count = _compile(optimizer)
+    if distributed and first:
+        dist.barrier()
+    return count
+
+
+def _compile(optimizer: "FusedOptimizer") -> int:
+    shadow = _shadow(optimizer)
+    with torch.no_grad():
+        shadow._build()
+    if optimizer.backend == "auto" and not shadow._tables:
+        return 0
+    count = 0
+    for tables in shadow._tables:
+        for spec, _, args in tables.launches:
+            count += tables.launcher.prepare(spec, args)
+    return count
+
+
+def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
+    """An optimizer of the same class and options whose parameters are one-element stand-ins."""
+    shadow = object.__new__(type(optimizer))
+    groups: list[dict[str, Any]] = []
+    stand_ins: list[tuple[Tensor, dict[str, Any]]] = []
+    for group in optimizer.param_groups:
+        members = []
+        for p in group["params"]:
+            if p.requires_grad:
+                members.append(_stand_in(p))
+                stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1])))
+        groups.append({**group, "params": members})
+    from collections import defaultdict
+
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    state.update({p: s for p, s in stand_ins if s})
+    shadow.__setstate__(
+        {"defaults": optimizer.defaults, "state": state, "param_groups": groups, "backend": optimizer.backend}
+    )
+    shadow._launcher = optimizer._launcher
+    return shadow
+
+
+def _stand_in(p: Tensor) -> Tensor:
+    small = torch.zeros((), dtype=p.dtype, device=p.device, requires_grad=True)
+    dtype = p.grad.dtype if p.grad is not None else getattr(p, "grad_dtype", None) or p.dtype
+    if dtype != p.dtype:
+        small.grad_dtype = dtype
+    small.grad = torch.zeros((), dtype=dtype, device=p.device)
+    return small
+
+
+def _small_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    return {
+        key: torch.zeros((), dtype=value.dtype, device=p.device)
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }

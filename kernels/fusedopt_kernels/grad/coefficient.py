@@ -1,0 +1,17 @@
+"""Unscaling and norm clipping: every gradient element times one number, computed by the scalars kernel.
+
+The contract of a gradient transform: ``apply(g, p, flags, e)`` takes and returns a block in the compute type;
+``flags`` are the bits of the segment's row (``table.py``), ``e`` its engine scalars ``(coefficient, l2, decay)``.
+Beside it stands the eager twin.
+"""
+
+import triton
+
+
+@triton.jit
+def apply(g, p, flags, e):
+    return g * e[0]
+
+
+def apply_eager(g, p, flags, e):
+    return g * e[0]

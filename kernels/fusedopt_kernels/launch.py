@@ -1,0 +1,194 @@
+"""Compiles and launches kernels: one `KernelSpec` per variant, and the launcher that runs it.
+
+A variant is a kernel function with its compile-time arguments; everything else is read from tables on the device,
+so a new lr, step count or gradient address compiles nothing. The first launch of a variant goes through Triton's JIT,
+which returns the compiled kernel; later ones call that directly (about 2 µs of Python instead of 11).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+
+from . import numerics, scalars, step, table
+from .norm import norm_kernel
+
+POINTERS = {
+    "rows": "*i64", "grads": "*i64", "chunks": "*i32", "scalars": "*fp64", "partials": "*fp64",
+    "hypers": "*fp64", "addresses": "*i64", "header": "*fp64", "counts": "*i64",
+}  # fmt: skip
+"""Type of every pointer argument, by name; kernels share the names."""
+
+OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
+"""Compile options of every kernel; see `numerics` for the FMA policy."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One compiled variant: kernel function, compile-time arguments in signature order, warps."""
+
+    name: str
+    fn: Any
+    items: tuple[tuple[str, Any], ...]
+    num_warps: int = 4
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments by name."""
+        return dict(self.items)
+
+    @cached_property
+    def signature(self) -> dict[str, str]:
+        """Triton type of every argument, ``"constexpr"`` for the compile-time ones."""
+        return {name: POINTERS.get(name, "constexpr") for name in self.fn.arg_names}
+
+
+def update_spec(
+    name: str, rule: Any, variant: tuple[bool, ...], weight: Any, states: Any, transforms: Any, grad: torch.dtype,
+    compute: torch.dtype, n_scalars: int, n_norms: int, measure: Any = None,
+) -> KernelSpec:  # fmt: skip
+    """The update kernel of a variant, or its measuring pass when ``measure`` is given."""
+    block, tail, warps = launch_shape()
+    items: tuple[tuple[str, Any], ...] = (
+        ("RULE", rule) if measure is None else ("MEASURE", measure),
+        ("VARIANT", variant),
+        ("WEIGHT", weight),
+        ("STATES", states),
+        ("TRANSFORMS", transforms),
+        ("GRAD", numerics.triton_type(grad)),
+        ("COMPUTE", numerics.triton_type(compute)),
+        ("EXACT", True),
+        ("N_SCALARS", n_scalars),
+        ("N_NORMS", n_norms),
+        ("CHUNK", table.CHUNK),
+        ("BLOCK", block),
+        ("TAIL", tail),
+    )
+    return KernelSpec(name, step.update_kernel if measure is None else step.measure_kernel, items, warps)
+
+
+def norm_spec(grad: torch.dtype) -> KernelSpec:
+    """The norm pass over gradients of one dtype."""
+    block = ("BLOCK", table.NORM_BLOCK)
+    return KernelSpec(
+        "norm", norm_kernel, (("GRAD", numerics.triton_type(grad)), ("CHUNK", table.NORM_CHUNK), block)
+    )
+
+
+SCALARS_BLOCK = 128
+
+
+def scalars_spec(name: str, rule: Any, n_hypers: int, n_scalars: int, with_norm: bool) -> KernelSpec:
+    """The scalars kernel of a rule."""
+    items = (
+        ("RULE", rule),
+        ("N_HYPERS", n_hypers),
+        ("N_SCALARS", n_scalars),
+        ("WITH_NORM", with_norm),
+        ("BLOCK", SCALARS_BLOCK),
+    )
+    return KernelSpec(name, scalars.scalars_kernel, items)
+
+
+def launch_shape() -> tuple[int, int, int]:
+    """(block, tail block, warps) of the update kernel. Interpreted, a block is a whole chunk: each one costs Python time.
+
+    Compiled: 8 elements per thread, chosen from the disassembly (128-bit accesses, 64 registers or fewer); no
+    measurement on hardware decided it yet.
+    """
+    return (table.CHUNK, table.CHUNK, 4) if numerics.INTERPRETED else (1024, 512, 4)
+
+
+def compile_for(spec: KernelSpec, target: Any) -> Any:
+    """Compile off-line for a ``triton.backends.compiler.GPUTarget`` that need not be present.
+
+    Raises:
+        RuntimeError: in a process that runs kernels in the interpreter.
+    """
+    from triton.compiler import ASTSource
+
+    if numerics.INTERPRETED:
+        raise RuntimeError("cannot compile under TRITON_INTERPRET=1; unset it and start a new process")
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(spec.signature.values()) if kind != "constexpr"
+    }
+    source = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constants, attrs=aligned)
+    return triton.compile(source, target=target, options={"num_warps": spec.num_warps, **OPTIONS})
+
+
+class Launcher:
+    """Runs specs on the current device. ``compiles`` counts variants made ready, ``launches`` kernels started."""
+
+    accepts_cpu = numerics.INTERPRETED
+    """Whether plans may hold CPU tensors."""
+
+    def __init__(self) -> None:
+        self.compiles = 0
+        self.launches = 0
+        self._ready: dict[tuple[int | None, KernelSpec], Any] = {}
+
+    def run(self, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
+        """Launch ``spec`` over ``grid`` programs; args are the pointer arguments in signature order."""
+        key = (args[0].device.index, spec)
+        kernel = self._ready.get(key)
+        if kernel is None:
+            self._ready[key] = self.first(spec, grid, args)
+            self.compiles += 1
+        else:
+            self.again(kernel, spec, grid, args)
+        self.launches += 1
+
+    def first(self, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> Any:
+        """Compile and launch; returns what `again` needs."""
+        options = {} if numerics.INTERPRETED else {"num_warps": spec.num_warps, **OPTIONS}
+        kernel = spec.fn[(grid, 1, 1)](*args, **spec.constants, **options)
+        return spec.fn if numerics.INTERPRETED else kernel
+
+    def again(self, kernel: Any, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
+        """Launch a variant that is ready."""
+        if numerics.INTERPRETED:
+            kernel[(grid, 1, 1)](*args, **spec.constants)
+        else:
+            kernel[(grid, 1, 1)](*args, *spec.constants.values())
+
+    def prepare(self, spec: KernelSpec, args: tuple[torch.Tensor, ...]) -> bool:
+        """Compile without launching; True if the variant was not ready yet."""
+        key = (args[0].device.index, spec)
+        if key in self._ready:
+            return False
+        if numerics.INTERPRETED:
+            self._ready[key] = spec.fn
+        else:
+            kernel = spec.fn.warmup(
+                *args, **spec.constants, grid=(1, 1, 1), num_warps=spec.num_warps, **OPTIONS
+            )
+            kernel._init_handles()
+            self._ready[key] = kernel
+        self.compiles += 1
+        return True
+
+
+class Recorder(Launcher):
+    """Launches nothing and writes down ``(spec, grid, args)``: for inspection and tests, on tensors of any device."""
+
+    accepts_cpu = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record: list[tuple[KernelSpec, int, tuple[torch.Tensor, ...]]] = []
+
+    def first(self, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> Any:
+        self.record.append((spec, grid, args))
+        return spec.fn
+
+    def again(self, kernel: Any, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
+        self.record.append((spec, grid, args))
+
+    def prepare(self, spec: KernelSpec, args: tuple[torch.Tensor, ...]) -> bool:
+        key = (args[0].device.index, spec)
+        new = key not in self._ready
+        self._ready.setdefault(key, spec.fn)
+        self.compiles += new
+        return new

@@ -1,0 +1,180 @@
+"""The only home of division, square root, casts, rounding, random numbers and the FMA policy.
+
+Every function stands twice: ``@triton.jit`` for kernels and, right below, its eager twin with the same lines.
+FMA policy: every kernel is compiled with ``enable_fp_fusion=False`` (see ``launch.py``), and the twins use only
+mul, add, div and sqrt, so both round at the same places and agree bit for bit.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""True when this process decorates kernels for the interpreter (TRITON_INTERPRET=1 at import)."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+PHILOX_ROUNDS = 7
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+# --------------------------------------------------------------------------------------- division and square root
+@triton.jit
+def div(a, b, EXACT: tl.constexpr):
+    """a / b, correctly rounded when EXACT (always so for fp64), else the fast fp32 form (2 ulp)."""
+    if a.dtype == tl.float64 or not EXACT:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def sqrt(x, EXACT: tl.constexpr):
+    """Square root, correctly rounded when EXACT (always so for fp64), else ``sqrt.approx`` (1 ulp)."""
+    if x.dtype == tl.float64 or not EXACT:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def maximum(a, b):
+    """Larger of a and b; NaN if either is NaN, as ``torch.maximum``."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+# ------------------------------------------------------------------------------------------------- bias correction
+@triton.jit
+def one_minus_power(q, t):
+    """1 − (1 − q)ᵗ in float64 for integer t < 2³¹, by repeated squaring of q: relative error 3e-16.
+
+    No cancellation, no exp or log: the same bits in every mode. With q = 1 − β this is 1 − βᵗ.
+    """
+    r = q * 0.0
+    for i in tl.static_range(31):
+        r = tl.where(((t >> i) & 1) != 0, r + q * (1.0 - r), r)
+        q = q * (2.0 - q)
+    return r
+
+
+def one_minus_power_eager(q: float, t: float) -> float:
+    """Eager twin of `one_minus_power` on Python floats (trailing squarings that cannot matter are left out)."""
+    r, n = q * 0.0, int(t)
+    while n:
+        r = r + q * (1.0 - r) if n & 1 else r
+        q = q * (2.0 - q)
+        n >>= 1
+    return r
+
+
+# ------------------------------------------------------------------------------------------------ bf16, by its bits
+@triton.jit
+def widen(x, T: tl.constexpr, COMPUTE: tl.constexpr):
+    """Stored value of type T as COMPUTE. bf16 arrives as its 16 bits (see `memory.py`)."""
+    if T == tl.bfloat16:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return x.to(COMPUTE)
+
+
+@triton.jit
+def narrow(x, T: tl.constexpr):
+    """Round x once, to nearest even, to type T; bf16 leaves as its 16 bits. NaN stays NaN, ±inf stay."""
+    if T == tl.bfloat16:
+        x = x.to(tl.float32)
+        if _INTERPRETED:
+            b = x.to(tl.uint32, bitcast=True)
+            r = (b + 0x7FFF + ((b >> 16) & 1)) >> 16
+            return tl.where(x != x, 0x7FFF, r).to(tl.uint16)
+        else:
+            return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+    else:
+        return x.to(T)
+
+
+# -------------------------------------------------------------------------------------------------- random numbers
+@triton.jit
+def philox_words(key, index, step):
+    """Philox4x32-7 words for elements ``8·(index >> 3) … + 7``; see `philox_words_eager` for the definition."""
+    group = index >> 3
+    low = group.to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    t = step.to(tl.uint32) + low * 0
+    return tl.philox(key, low, high, t, low * 0, _ROUNDS)
+
+
+@triton.jit
+def random16(key, index, step):
+    """16 uniform random bits per element, one Philox call each (the path for shards off a multiple of 8)."""
+    a, b, c, d = philox_words(key, index, step)
+    word = (index & 7) >> 1
+    x = tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
+    return tl.where((index & 1) == 0, x & 0xFFFF, x >> 16)
+
+
+@triton.jit
+def random16_by_eight(key, start, step, BLOCK: tl.constexpr):
+    """Same bits as `random16` for ``start … start + BLOCK``, one call per eight neighbours; start % 8 == 0."""
+    index = start + tl.arange(0, BLOCK // 8).to(tl.int64) * 8
+    a, b, c, d = philox_words(key, index, step)
+    x = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK // 2,))
+    return tl.reshape(tl.join(x & 0xFFFF, x >> 16), (BLOCK,))
+
+
+def stream_key(seed: int, stream: int, purpose: str) -> int:
+    """Key of a random stream: the first 64 bits of BLAKE2b(seed, stream id, purpose), as a signed int64."""
+    text = f"{seed}:{stream}:{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def philox_words_eager(key: int, index: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    """The stream's definition (Salmon et al. 2011, Philox4x32 with 7 rounds).
+
+    Key: 64 bits, low word first. Counter: (low 32, high 32 bits of ``index >> 3``, step, 0), index being the
+    row-major element index in the *global* tensor. Returns the four uint32 words of each counter.
+    """
+    group = index.astype(np.uint64) >> np.uint64(3)
+    mask = np.uint64(0xFFFFFFFF)
+    c0, c1 = group & mask, group >> np.uint64(32)
+    c2, c3 = np.full_like(c0, step & 0xFFFFFFFF), np.zeros_like(c0)
+    k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), p1 & mask, (
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
+        ), p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
+
+
+def random16_eager(key: int, index: np.ndarray, step: int) -> np.ndarray:
+    """Element e takes the low (e even) or high (e odd) 16 bits of word ``(e & 7) >> 1``; twin of `random16`."""
+    words = np.stack(philox_words_eager(key, index, step))
+    x = np.take_along_axis(words, ((index & 7) >> 1)[None], axis=0)[0]
+    return np.where((index & 1) == 0, x & 0xFFFF, x >> 16).astype(np.uint32)
+
+
+# ---------------------------------------------------------------------------------------------------------- dtypes
+_TRITON_TYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+    torch.int16: tl.int16,
+}
+REAL_TYPE = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton type of one stored number of a torch dtype (complex numbers are pairs of their real type)."""
+    return _TRITON_TYPES[REAL_TYPE.get(dtype, dtype)]
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic for parameters of a dtype: fp64 for fp64 and complex128, else fp32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

@@ -1,0 +1,1 @@
+"""Weight formats, one file each. A codec is a flat tuple ``(load, store, type)``; see ``plain.py``."""

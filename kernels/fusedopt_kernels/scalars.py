@@ -1,0 +1,136 @@
+"""Per-segment scalars on the device: step count, clip coefficient, skip, and the rule's own numbers.
+
+All arithmetic is float64 with add, mul, div and sqrt only, so the eager twin on Python floats gives the same bits.
+With a norm wanted, one program combines the norm's partials first; without, the grid covers the segments.
+"""
+
+import triton
+import triton.language as tl
+
+from .table import (
+    COEFFICIENT, DECAY, DECOUPLED, FLAGS, GROUP, HYPER_WIDTH, L2, LANES, LR, MAX_NORM, MULTI, N_MULTI, N_SEGMENTS,
+    NONFINITE, NORM, NORM_COUNT, NORM_IS_FP64, NORM_START, OWN_DECAY, ROW_WIDTH, RULE_HYPERS, RULE_SCALARS,
+    SCALAR_WIDTH, SKIP, SKIP_NONFINITE, STEP, STEP_IS_FP64, WEIGHT_DECAY,
+)  # fmt: skip
+
+_LANES = tl.constexpr(LANES)
+
+
+@triton.jit
+def _hyper(hypers, addresses, group, COLUMN: tl.constexpr, mask):
+    """Hyper-parameter of each segment: the uploaded float, or what a tensor of the user's holds right now."""
+    at = group * HYPER_WIDTH + COLUMN
+    value = tl.load(hypers + at, mask=mask, other=0.0)
+    tagged = tl.load(addresses + at, mask=mask, other=0)
+    p32 = (tagged >> 1).to(tl.pointer_type(tl.float32), bitcast=True)
+    p64 = (tagged >> 1).to(tl.pointer_type(tl.float64), bitcast=True)
+    is32, is64 = (tagged != 0) & ((tagged & 1) == 0), (tagged & 1) != 0
+    value = tl.where(is32, tl.load(p32, mask=is32, other=0.0).to(tl.float64), value)
+    return tl.where(is64, tl.load(p64, mask=is64, other=0.0), value)
+
+
+@triton.jit
+def _next_step(address, is64, skip, mask):
+    """Step count of each segment after this step; written back unless the step is skipped."""
+    p32 = address.to(tl.pointer_type(tl.float32), bitcast=True)
+    p64 = address.to(tl.pointer_type(tl.float64), bitcast=True)
+    m32, m64 = mask & (address != 0) & (is64 == 0), mask & (address != 0) & is64
+    t = tl.load(p32, mask=m32, other=0.0).to(tl.float64) + tl.load(p64, mask=m64, other=0.0)
+    t = tl.where(skip, t, t + 1.0)
+    tl.store(p32, t.to(tl.float32), mask=m32)
+    tl.store(p64, t, mask=m64)
+    return t
+
+
+@triton.jit
+def _total_norm(rows, partials, counts, LANES: tl.constexpr):
+    """Sum of squares and non-finite count over all segments: a fixed tree per segment, then over segments."""
+    lanes = tl.arange(0, LANES)
+    n = tl.load(counts + N_SEGMENTS)
+    total = tl.zeros((LANES,), tl.float64)
+    bad = tl.zeros((LANES,), tl.float64)
+    o = n * 0
+    while o < n:  # segments of one chunk, LANES at a time: their sum is their only partial
+        row = rows + (o + lanes) * ROW_WIDTH
+        single = tl.load(row + NORM_COUNT, mask=o + lanes < n, other=0) == 1
+        slot = partials + 2 * tl.load(row + NORM_START, mask=single, other=0)
+        total += tl.load(slot, mask=single, other=0.0)
+        bad += tl.load(slot + 1, mask=single, other=0.0)
+        o += LANES
+    i = n * 0
+    many = tl.load(counts + N_MULTI)
+    while i < many:
+        segment = tl.load(counts + MULTI + i)
+        row = rows + segment * ROW_WIDTH
+        first, count = tl.load(row + NORM_START), tl.load(row + NORM_COUNT)
+        own = tl.zeros((LANES,), tl.float64)
+        o = count * 0
+        while o < count:
+            mask = o + lanes < count
+            slot = partials + 2 * (first + o + lanes)
+            own += tl.load(slot, mask=mask, other=0.0)
+            bad += tl.load(slot + 1, mask=mask, other=0.0)
+            o += LANES
+        total += tl.where(lanes == segment % LANES, tl.sum(own), 0.0)
+        i += 1
+    return tl.sum(total), tl.sum(bad)
+
+
+@triton.jit
+def _segments(
+    rows, hypers, addresses, scalars, offset, n, coefficient, skip,
+    RULE: tl.constexpr, N_HYPERS: tl.constexpr, N_SCALARS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the scalar rows of BLOCK segments from ``offset`` on."""
+    segment = offset + tl.arange(0, BLOCK)
+    mask = segment < n
+    row, out = rows + segment * ROW_WIDTH, scalars + segment * SCALAR_WIDTH
+    group = tl.load(row + GROUP, mask=mask, other=0)
+    flags = tl.load(row + FLAGS, mask=mask, other=0)
+    lr = _hyper(hypers, addresses, group, LR, mask)
+    weight_decay = _hyper(hypers, addresses, group, WEIGHT_DECAY, mask)
+    t = _next_step(tl.load(row + STEP, mask=mask, other=0), (flags & STEP_IS_FP64) != 0, skip, mask)
+    hyper = (lr, weight_decay)
+    for i in tl.static_range(N_HYPERS):
+        hyper = hyper + (_hyper(hypers, addresses, group, RULE_HYPERS + i, mask),)
+    s = RULE(hyper, t)
+    decoupled, own = (flags & DECOUPLED) != 0, (flags & OWN_DECAY) != 0
+    tl.store(out + COEFFICIENT, coefficient + lr * 0.0, mask=mask)
+    tl.store(out + L2, tl.where(decoupled | own, 0.0, weight_decay), mask=mask)
+    tl.store(out + DECAY, tl.where(decoupled, lr * weight_decay, 0.0), mask=mask)
+    tl.store(out + SKIP, tl.where(skip, 1.0, lr * 0.0), mask=mask)
+    for i in tl.static_range(N_SCALARS):
+        tl.store(out + RULE_SCALARS + i, s[i], mask=mask)
+
+
+@triton.jit
+def scalars_kernel(
+    rows, hypers, addresses, scalars, partials, header, counts,
+    RULE: tl.constexpr, N_HYPERS: tl.constexpr, N_SCALARS: tl.constexpr, WITH_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.load(counts + N_SEGMENTS)
+    if WITH_NORM:
+        square, bad = _total_norm(rows, partials, counts, _LANES)
+        norm = tl.sqrt(square)
+        norm = tl.where(tl.load(header + NORM_IS_FP64) != 0.0, norm, norm.to(tl.float32).to(tl.float64))
+        tl.store(header + NORM, norm)
+        tl.store(header + NONFINITE, tl.where(bad > 0.0, 1.0, 0.0))
+        # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
+        limit = tl.load(header + MAX_NORM)
+        ratio = limit / (norm + 1e-6)
+        coefficient = tl.where(ratio < 1.0, ratio, tl.where(ratio >= 1.0, 1.0, ratio))
+        skip = (bad > 0.0) & (tl.load(header + SKIP_NONFINITE) != 0.0)
+        offset = n * 0
+        while offset < n:
+            _segments(
+                rows, hypers, addresses, scalars, offset, n, coefficient, skip,
+                RULE, N_HYPERS, N_SCALARS, BLOCK,
+            )  # fmt: skip
+            offset += BLOCK
+    else:
+        one = (n * 0 + 1).to(tl.float64)
+        _segments(
+            rows, hypers, addresses, scalars, tl.program_id(0).to(tl.int64) * BLOCK, n, one, n < 0,
+            RULE, N_HYPERS, N_SCALARS, BLOCK,
+        )  # fmt: skip

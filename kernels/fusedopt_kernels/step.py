@@ -1,0 +1,200 @@
+"""The one update kernel: chunk → load → gradient transforms → RULE → decay → one rounding → store.
+
+A program walks one chunk of one segment. Which rule, formats and transforms it uses are compile-time arguments:
+plain tuples of jit functions and types, composed and never enumerated. Every number comes from the tables.
+Full chunks of aligned segments take an unmasked path with 128-bit accesses; all others a masked, coalesced one in
+blocks of another size: with equal sizes the compiler shares layouts between both and adds barriers to the tail.
+"""
+
+import triton
+import triton.language as tl
+
+from . import memory
+from .table import (
+    ALIGNED, COEFFICIENT, DECAY, FLAGS, L2, LANES, MEASURE_COUNT, MEASURE_START, NUMEL, PARAM, RESIDUAL, ROW_WIDTH,
+    RULE_SCALARS, SCALAR_WIDTH, SKIP, SLOTS,
+)  # fmt: skip
+
+_LANES = tl.constexpr(LANES)
+
+
+@triton.jit
+def _load_scalars(row, N: tl.constexpr, COMPUTE: tl.constexpr):
+    s = ()
+    for i in tl.static_range(N):
+        s = s + (tl.load(row + RULE_SCALARS + i).to(COMPUTE),)
+    return s
+
+
+@triton.jit
+def _load_row(row, gradient, N_STATES: tl.constexpr):
+    """What the blocks of a chunk share: (flags, gradient, parameter, residual, values and scales of each slot)."""
+    r = (tl.load(row + FLAGS), gradient, tl.load(row + PARAM), tl.load(row + RESIDUAL))
+    for i in tl.static_range(2 * N_STATES):
+        r = r + (tl.load(row + SLOTS + i),)
+    return r
+
+
+@triton.jit
+def _inputs(
+    r, e, at,
+    WEIGHT: tl.constexpr, STATES: tl.constexpr, TRANSFORMS: tl.constexpr,
+    GRAD: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Transformed gradient, parameter and state values of one block."""
+    g = memory.load(r[1], at, GRAD, COMPUTE, FULL)
+    p = WEIGHT[0](r[2], r[3], at, WEIGHT[2], COMPUTE, FULL)
+    states = ()
+    for i in tl.static_range(len(STATES)):
+        states = states + (STATES[i][0](r[4 + 2 * i], r[5 + 2 * i], at, STATES[i][2], COMPUTE, FULL),)
+    for i in tl.static_range(len(TRANSFORMS)):
+        g = TRANSFORMS[i](g, p, r[0], e)
+    return g, p, states
+
+
+@triton.jit
+def _update_block(
+    r, e, s, at,
+    RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g, p, states = _inputs(r, e, at, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
+    descent, new = RULE(g, p, states, s, VARIANT, EXACT)
+    descent = tl.where(e[2] != 0.0, descent + e[2] * p, descent)
+    WEIGHT[1](r[2], r[3], at, p - descent, WEIGHT[2], FULL)
+    for i in tl.static_range(len(STATES)):
+        STATES[i][1](r[4 + 2 * i], r[5 + 2 * i], at, new[i], STATES[i][2], FULL)
+
+
+@triton.jit
+def _segment(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
+    """Row, gradient address, first element of the chunk, elements left, engine scalars and scalar row."""
+    pid = tl.program_id(0)
+    segment = tl.load(chunks + 2 * pid).to(tl.int64)
+    start = tl.load(chunks + 2 * pid + 1).to(tl.int64)
+    row, srow = rows + segment * ROW_WIDTH, scalars + segment * SCALAR_WIDTH
+    e = (
+        tl.load(srow + COEFFICIENT).to(COMPUTE),
+        tl.load(srow + L2).to(COMPUTE),
+        tl.load(srow + DECAY).to(COMPUTE),
+    )
+    return row, tl.load(grads + segment), start, e, srow
+
+
+@triton.jit
+def _sum_of_squares(partials, first, count, stride, LANES: tl.constexpr):
+    """Fixed tree over a segment's partials: lane = index mod LANES, then one sum over the lanes."""
+    lanes = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), tl.float64)
+    done = first * 0
+    while done < count:
+        total += tl.load(partials + (first + done + lanes) * stride, mask=done + lanes < count, other=0.0)
+        done += LANES
+    return tl.sum(total)
+
+
+@triton.jit
+def update_kernel(
+    rows, grads, chunks, scalars, partials,
+    RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms are appended to the rule's scalars."""
+    row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)
+    if tl.load(srow + SKIP) == 0.0:
+        s = _load_scalars(srow, N_SCALARS, COMPUTE)
+        for i in tl.static_range(N_NORMS):
+            first, count = tl.load(row + MEASURE_START), tl.load(row + MEASURE_COUNT)
+            total = _sum_of_squares(partials + i, first, count, N_NORMS, _LANES)
+            s = s + (tl.sqrt(total).to(COMPUTE),)
+        start = chunk * CHUNK
+        left = tl.load(row + NUMEL) - start
+        r = _load_row(row, gradient, len(STATES))
+        if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
+            lanes = tl.arange(0, BLOCK)
+            for o in range(0, CHUNK, BLOCK):
+                at = (start + o, lanes, lanes < BLOCK)
+                _update_block(
+                    r, e, s, at,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, True,
+                )  # fmt: skip
+        else:
+            few = tl.arange(0, TAIL)
+            rest = tl.minimum(left, CHUNK).to(tl.int32)
+            done = rest * 0
+            while done < rest:
+                at = (start + done, few, done + few < rest)
+                _update_block(
+                    r, e, s, at,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, False,
+                )  # fmt: skip
+                done += TAIL
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(N):
+        sums = sums + (tl.zeros((BLOCK,), tl.float64),)
+    return sums
+
+
+@triton.jit
+def _store_sums(out, sums):
+    for i in tl.static_range(len(sums)):
+        tl.store(out + i, tl.sum(sums[i]))
+
+
+@triton.jit
+def _measure_block(
+    r, e, s, at, sums,
+    MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g, p, states = _inputs(r, e, at, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
+    values = MEASURE(g, p, states, s, VARIANT, EXACT)
+    new = ()
+    for i in tl.static_range(len(sums)):
+        x = tl.where(at[2], values[i], 0.0).to(tl.float64)
+        new = new + (sums[i] + x * x,)
+    return new
+
+
+@triton.jit
+def measure_kernel(
+    rows, grads, chunks, scalars, partials,
+    MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """First pass of a two-pass rule: one partial sum of squares per chunk and norm; nothing else is written."""
+    row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)
+    s = _load_scalars(srow, N_SCALARS, COMPUTE)
+    start = chunk * CHUNK
+    left = tl.load(row + NUMEL) - start
+    r = _load_row(row, gradient, len(STATES))
+    out = partials + (tl.load(row + MEASURE_START) + chunk) * N_NORMS
+    if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
+        lanes = tl.arange(0, BLOCK)
+        sums = _zeros(N_NORMS, BLOCK)
+        for o in range(0, CHUNK, BLOCK):
+            at = (start + o, lanes, lanes < BLOCK)
+            sums = _measure_block(
+                r, e, s, at, sums,
+                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, True,
+            )  # fmt: skip
+        _store_sums(out, sums)
+    else:
+        few = tl.arange(0, TAIL)
+        sums = _zeros(N_NORMS, TAIL)
+        rest = tl.minimum(left, CHUNK).to(tl.int32)
+        done = rest * 0
+        while done < rest:
+            at = (start + done, few, done + few < rest)
+            sums = _measure_block(
+                r, e, s, at, sums,
+                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, False,
+            )  # fmt: skip
+            done += TAIL
+        _store_sums(out, sums)

@@ -1,0 +1,70 @@
+"""The segment table: one int64 row per parameter, and the float64 rows of scalars that belong to it.
+
+A segment is one parameter's dense elements in memory order. A row holds *all* columns that any feature needs, so
+that no feature changes its shape; columns without a use yet are zero. Gradient addresses change every step and
+stand apart, in one int64 per segment. Every number a kernel needs at run time is read from these tables, so that
+none is a kernel argument (Triton specialises integer arguments) and none is compiled in.
+"""
+
+import triton.language as tl
+
+# Columns of a segment row (int64).
+PARAM = tl.constexpr(0)  # address of the parameter's first element
+NUMEL = tl.constexpr(1)  # stored real numbers in the segment (a complex element counts two)
+GROUP = tl.constexpr(2)  # row of the hyper-parameter table
+FLAGS = tl.constexpr(3)  # bits below
+STEP = tl.constexpr(4)  # address of the step count (0-dim fp32 or fp64)
+RESIDUAL = tl.constexpr(5)  # address of what a low-precision weight format keeps beside the weight
+EMA = tl.constexpr(6)  # address of the weight average
+MASK = tl.constexpr(7)  # address of the update mask
+STREAM = tl.constexpr(8)  # random-stream id (64-bit hash of the parameter's name)
+ROW_LENGTH = tl.constexpr(9)  # elements in one local row (trailing dims flattened)
+GLOBAL_STRIDE = tl.constexpr(10)  # elements between two local rows in the global tensor
+GLOBAL_OFFSET = tl.constexpr(11)  # global index of the first local element
+NORM_START = tl.constexpr(12)  # first partial of this segment's gradient norm
+NORM_COUNT = tl.constexpr(13)  # number of those partials
+MEASURE_START = tl.constexpr(14)  # first partial of this segment's rule norms (two-pass rules)
+MEASURE_COUNT = tl.constexpr(15)  # number of those partials
+SLOTS = tl.constexpr(16)  # then per state slot: address of the values, address of the scales
+MAX_SLOTS = 8
+ROW_WIDTH = tl.constexpr(32)
+
+# Bits of FLAGS.
+ALIGNED = tl.constexpr(1)  # every address of the row is a multiple of 16
+MAXIMIZE = tl.constexpr(2)  # ascend instead of descend
+DECOUPLED = tl.constexpr(4)  # weight decay acts on the parameter, else on the gradient
+OWN_DECAY = tl.constexpr(8)  # the rule applies weight decay itself
+STEP_IS_FP64 = tl.constexpr(16)  # the step count is fp64 (made under a float64 default dtype)
+
+# Columns of a hyper-parameter row (float64): values, and beside them addresses of tensors that override them.
+LR = tl.constexpr(0)
+WEIGHT_DECAY = tl.constexpr(1)
+RULE_HYPERS = tl.constexpr(2)  # the rule's own, in the order it declares them
+HYPER_WIDTH = tl.constexpr(16)
+# Address columns hold the address shifted left once; the low bit says that the tensor is fp64, not fp32.
+
+# Columns of a scalar row (float64), written by the scalars kernel and read by the update kernel.
+COEFFICIENT = tl.constexpr(0)  # what every gradient element is multiplied by (unscale × clip)
+L2 = tl.constexpr(1)  # coupled weight decay
+DECAY = tl.constexpr(2)  # decoupled weight decay, already multiplied by lr
+SKIP = tl.constexpr(3)  # 1.0: this step changes nothing
+RULE_SCALARS = tl.constexpr(8)  # the rule's own, in the order it returns them
+SCALAR_WIDTH = tl.constexpr(32)
+
+# Header (float64): inputs and results of a step that belong to no segment.
+MAX_NORM = tl.constexpr(0)  # clip threshold, or inf
+SKIP_NONFINITE = tl.constexpr(1)  # 1.0: skip the step when a gradient is not finite
+NORM = tl.constexpr(2)  # out: gradient norm before clipping, rounded to fp32 (fp64 when a gradient is fp64)
+NONFINITE = tl.constexpr(3)  # out: 1.0 when a gradient holds inf or NaN
+NORM_IS_FP64 = tl.constexpr(4)  # 1.0: keep the norm in fp64
+HEADER_WIDTH = tl.constexpr(8)
+
+# Counts (int64) read by kernels at run time.
+N_SEGMENTS = tl.constexpr(0)
+N_MULTI = tl.constexpr(1)  # segments with more than one norm partial; their indices follow from MULTI on
+MULTI = tl.constexpr(2)
+
+CHUNK = 16384  # elements per program of the update kernel; a multiple of every codec's group and of 8
+NORM_CHUNK = 16384  # part of the norm's definition: never tuned
+NORM_BLOCK = 2048  # likewise
+LANES = 1024  # likewise: lane of a partial = its index within the parameter mod LANES
