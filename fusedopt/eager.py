@@ -13,7 +13,7 @@ from fusedopt_kernels.param import split16
 from torch import Tensor
 
 from . import layout
-from .norm import eager_norm
+from .norm import clip_coefficient, eager_norm
 from .plan import GroupOptions, Segment
 from .rule import Rule
 from .tables import transforms
@@ -46,8 +46,7 @@ class EagerStep:
             norm, finite = eager_norm([grads[s.position] for s in self.segments])
             if not finite and self.skip_nonfinite:
                 return
-            ratio = self.max_norm / (norm + 1e-6)
-            clip = 1.0 if ratio >= 1.0 else ratio
+            clip = clip_coefficient(norm, self.max_norm)
         self._scalars.clear()
         for segment, tensors in zip(self.segments, self._flat, strict=True):
             self._segment(segment, tensors, layout.flat(grads[segment.position]), clip)

@@ -12,7 +12,7 @@ from . import layout
 def eager_norm(grads: Sequence[Tensor]) -> tuple[float, bool]:
     """(L2 norm of all gradients, whether every element is finite).
 
-    Rounded to fp32 once unless a gradient is fp64; agrees with the kernels within one ulp.
+    Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels within one ulp.
     """
     total, finite, wide = 0.0, True, False
     for grad in grads:
@@ -22,4 +22,11 @@ def eager_norm(grads: Sequence[Tensor]) -> tuple[float, bool]:
             total += float(block.double().square().sum())
             finite = finite and bool(torch.isfinite(block).all())
     norm = math.sqrt(total) if total == total else math.nan
-    return (norm if wide else float(torch.tensor(norm, dtype=torch.float64).float())), finite
+    narrow = float(torch.tensor(norm, dtype=torch.float64).float())
+    return (norm if wide or narrow == math.inf else narrow), finite
+
+
+def clip_coefficient(norm: float, limit: float) -> float:
+    """min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; no threshold is an infinite one."""
+    ratio = limit / (norm + 1e-6)
+    return 1.0 if ratio >= 1.0 or limit == math.inf else ratio

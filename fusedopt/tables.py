@@ -192,7 +192,7 @@ class DeviceTables:
         first = np.repeat(np.cumsum(counts) - counts, counts)
         pairs = np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
         pairs = pairs[::-1] if last_first else pairs
-        return torch.from_numpy(np.ascontiguousarray(pairs)).to(self.device)
+        return torch.from_numpy(pairs.copy()).to(self.device)
 
     def run(self) -> None:
         """Launch the step on the current stream of the device."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
@@ -142,14 +143,15 @@ class Launcher:
 
     def first(self, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> Any:
         """Compile and launch; returns what `again` needs."""
-        options = {} if numerics.INTERPRETED else {"num_warps": spec.num_warps, **OPTIONS}
-        kernel = spec.fn[(grid, 1, 1)](*args, **spec.constants, **options)
-        return spec.fn if numerics.INTERPRETED else kernel
+        if numerics.INTERPRETED:
+            _interpret(spec, grid, args)
+            return spec.fn
+        return spec.fn[(grid, 1, 1)](*args, **spec.constants, num_warps=spec.num_warps, **OPTIONS)
 
     def again(self, kernel: Any, spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
         """Launch a variant that is ready."""
         if numerics.INTERPRETED:
-            kernel[(grid, 1, 1)](*args, **spec.constants)
+            _interpret(spec, grid, args)
         else:
             kernel[(grid, 1, 1)](*args, *spec.constants.values())
 
@@ -168,6 +170,12 @@ class Launcher:
             self._ready[key] = kernel
         self.compiles += 1
         return True
+
+
+def _interpret(spec: KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
+    """Run in the interpreter; overflow and NaN are as silent there as on a GPU."""
+    with np.errstate(all="ignore"):
+        spec.fn[(grid, 1, 1)](*args, **spec.constants)
 
 
 class Recorder(Launcher):

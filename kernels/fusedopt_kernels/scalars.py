@@ -112,14 +112,16 @@ def scalars_kernel(
     n = tl.load(counts + N_SEGMENTS)
     if WITH_NORM:
         square, bad = _total_norm(rows, partials, counts, _LANES)
-        norm = tl.sqrt(square)
-        norm = tl.where(tl.load(header + NORM_IS_FP64) != 0.0, norm, norm.to(tl.float32).to(tl.float64))
+        exact = tl.sqrt(square)
+        norm = exact.to(tl.float32).to(tl.float64)
+        keep = (tl.load(header + NORM_IS_FP64) != 0.0) | (norm == float("inf"))  # beyond fp32's range stay exact
+        norm = tl.where(keep, exact, norm)
         tl.store(header + NORM, norm)
         tl.store(header + NONFINITE, tl.where(bad > 0.0, 1.0, 0.0))
-        # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1
+        # torch.nn.utils.clip_grad_norm_: max_norm / (norm + 1e-6), at most 1; no threshold is an infinite one
         limit = tl.load(header + MAX_NORM)
         ratio = limit / (norm + 1e-6)
-        coefficient = tl.where(ratio < 1.0, ratio, tl.where(ratio >= 1.0, 1.0, ratio))
+        coefficient = tl.where((ratio >= 1.0) | (limit == float("inf")), 1.0, ratio)
         skip = (bad > 0.0) & (tl.load(header + SKIP_NONFINITE) != 0.0)
         offset = n * 0
         while offset < n:

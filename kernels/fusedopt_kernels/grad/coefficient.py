@@ -6,6 +6,7 @@ Beside it stands the eager twin.
 """
 
 import triton
+import triton.language as tl  # noqa: F401  (the interpreter demands it in the globals of every jit function)
 
 
 @triton.jit
