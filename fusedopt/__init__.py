@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .flatten import flatten_, unflatten_
     from .optimizer import FusedOptimizer
     from .rule import Rule, Slot
     from .rules.adam import Adam
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .rules.sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Rule", "Slot", "__version__"]
+__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Rule", "Slot", "__version__", "flatten_", "unflatten_"]
 
 _HOMES = {
     "Adam": ".rules.adam",
@@ -27,6 +28,8 @@ _HOMES = {
     "Rule": ".rule",
     "SGD": ".rules.sgd",
     "Slot": ".rule",
+    "flatten_": ".flatten",
+    "unflatten_": ".flatten",
 }
 
 

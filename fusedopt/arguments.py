@@ -35,12 +35,10 @@ def check_betas(betas: tuple[Any, Any], foreach: bool | None, capturable: bool) 
     for i, beta in enumerate(betas):
         if isinstance(beta, torch.Tensor):
             if foreach and not capturable:
-                raise ValueError(
-                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
-                )
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
-    first, second = (beta.squeeze() if isinstance(beta, torch.Tensor) else beta for beta in betas)
+    first, second = (b.squeeze() if isinstance(b, torch.Tensor) and b.dim() else b for b in betas)
     return first, second
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .state import step_tensor
+
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
@@ -53,8 +55,10 @@ def restore(optimizer: "FusedOptimizer") -> None:
     """After unpickling or loading: unwrap state, fill in options that older files lack."""
     for p, state in list(optimizer.state.items()):
         if isinstance(state, _Raw):
-            optimizer.state[p] = {key: _place(value, p) for key, value in state.state.items()}
+            optimizer.state[p] = _place(state.state, p) if isinstance(p, Tensor) else state.state
             optimizer._counters.pop(p, None)
+            if isinstance(step := optimizer.state[p].get("step"), int | float):
+                optimizer.state[p]["step"] = step_tensor(step, p.device)
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
@@ -63,6 +67,9 @@ def restore(optimizer: "FusedOptimizer") -> None:
 
 
 def _place(value: Any, p: Tensor) -> Any:
+    """Tensors on the parameter's device, in new dicts."""
+    if isinstance(value, dict):
+        return {key: _place(v, p) for key, v in value.items()}
     return value.to(p.device) if isinstance(value, Tensor) else value
 
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fusedopt import __version__
+
 EXTRA_MODULES = {"click", "rich", "matplotlib"}
 COMMANDS = {
     "train": "Train a small language model on real text with a fused optimizer.",
@@ -68,7 +70,7 @@ def _run(args: list[str]) -> int:
                 formatter.write_dl(list(COMMANDS.items()))
 
     cli = Commands("fusedopt", help="Fused optimizers for PyTorch: the programs that come with the library.")
-    cli = click.version_option(package_name="fusedopt", message="%(package)s %(version)s")(cli)
+    cli = click.version_option(__version__, message="%(prog)s %(version)s")(cli)
     try:
         status = cli.main(args or ["--help"], prog_name="fusedopt", standalone_mode=False)
     except click.Abort:

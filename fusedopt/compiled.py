@@ -1,7 +1,8 @@
 """The step under torch.compile: one opaque custom op, so that fullgraph works and lr changes recompile nothing.
 
 The op takes the real tensor lists as mutated arguments (a pointer table would hide the mutation from the compiler)
-and an integer handle; hyper-parameters are read when it runs, never when it is traced.
+and an integer handle; hyper-parameters are read when it runs, never when it is traced. A compiler may hand the op
+copies of what it mutates and copy them back afterwards: then the values go through the optimizer's own tensors.
 """
 
 import itertools
@@ -11,22 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import layout
+
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 _handles = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, "FusedOptimizer"] = weakref.WeakValueDictionary()
-
-
-@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"))
-def _step_op(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
-    with torch.no_grad():
-        _optimizers[handle]._step()
-
-
-@_step_op.register_fake
-def _(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
-    return None
 
 
 def handle_of(optimizer: "FusedOptimizer") -> int:
@@ -38,11 +30,43 @@ def handle_of(optimizer: "FusedOptimizer") -> int:
 
 def step(optimizer: "FusedOptimizer") -> None:
     """What the tracer sees of a step."""
+    params, grads, states = _tensors(optimizer)
+    _step_op(params, grads, states, optimizer._handle)
+
+
+def _tensors(optimizer: "FusedOptimizer") -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters with a gradient, their gradients and their state, in a fixed order."""
     params, grads, states = [], [], []
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
                 params.append(p)
                 grads.append(p.grad)
-                states.extend(v for v in optimizer.state[p].values() if isinstance(v, Tensor))
-    _step_op(params, grads, states, optimizer._handle)
+                if p in optimizer.state:
+                    states.extend(v for v in optimizer.state[p].values() if isinstance(v, Tensor))
+    return params, grads, states
+
+
+@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"))
+def _step_op(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
+    optimizer = _optimizers[handle]
+    own_params, own_grads, own_states = _tensors(optimizer)
+    pairs = list(zip((*own_params, *own_states), (*params, *states), strict=True))
+    copies = [(own, given) for own, given in pairs if own.data_ptr() != given.data_ptr()]
+    if copies:
+        layout.warn_once(
+            "compiled copies",
+            "the compiler gave fusedopt's step copies of the tensors it updates; they are copied back at every step",
+        )
+    with torch.no_grad():
+        for own, given in copies:
+            own.copy_(given)
+        moved = [own.data_ptr() != given.data_ptr() for own, given in zip(own_grads, grads, strict=True)]
+        optimizer._step(grads if any(moved) else None)
+        for own, given in copies:
+            given.copy_(own)
+
+
+@_step_op.register_fake
+def _(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
+    return None

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fusedopt_kernels.numerics import compute_type
 from fusedopt_kernels.param import split16
-from torch import Tensor
 
 from . import layout
 from .norm import clip_coefficient, eager_norm

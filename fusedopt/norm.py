@@ -12,7 +12,8 @@ from . import layout
 def eager_norm(grads: Sequence[Tensor]) -> tuple[float, bool]:
     """(L2 norm of all gradients, whether every element is finite).
 
-    Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels within one ulp.
+    Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels
+    within one ulp.
     """
     total, finite, wide = 0.0, True, False
     for grad in grads:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
-from fusedopt_kernels import launch
 from torch import Tensor
 
-from . import checkpoint, compiled
+from fusedopt_kernels import launch
+
+from . import checkpoint, compiled, flatten
 from .arguments import check_backend, check_flags
 from .eager import EagerStep
 from .plan import Plan, Segment
@@ -41,12 +42,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_backend(backend)
         self.backend = backend
         self._counters: dict[Tensor, Tensor] = {}
+        self._handle = compiled.handle_of(self)
         self._tables: list[DeviceTables] = []
         self._eager: list[EagerStep] = []
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
 
     # ---------------------------------------------------------------------------------------------------- step
+    def _patch_step_function(self) -> None:
+        """torch would wrap ``step`` of every class anew; the hooks run in the one below, once for every subclass."""
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
+
+    @torch.optim.Optimizer.profile_hook_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's overloads
         """One optimization step over every parameter that has a gradient; returns the closure's result.
 
@@ -64,7 +71,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._step()
         return loss
 
-    def _step(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Gradients that share a buffer (`flatten_`) take one launch, not one each.
+
+        Raises:
+            RuntimeError: DistributedDataParallel put a gradient of `flatten_(grads=True)` into a bucket of its own.
+        """
+        if flatten.has_gradients:
+            flatten.zero_grad([p for group in self.param_groups for p in group["params"]], set_to_none)
+        else:
+            super().zero_grad(set_to_none)
+
+    def _step(self, grads: list[Tensor] | None = None) -> None:
+        """One step; ``grads`` stand in for the gradients of the parameters that have one, in their order."""
         plan, changed = self._plan, None
         if plan is not None and plan.refresh(self):
             changed = plan.changed_groups(self)
@@ -73,6 +92,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif changed:
             for part in (*self._tables, *self._eager):
                 part.set_hypers(changed)
+        if grads is not None:
+            plan.replace_gradients(grads)
         plan.pack()
         for tables in self._tables:
             tables.set_gradients(plan.grad_addresses)
@@ -150,6 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan, self._tables, self._eager = None, [], []
         self.__dict__.setdefault("_counters", {})
+        self._handle = compiled.handle_of(self)
         checkpoint.restore(self)
 
 

@@ -6,6 +6,7 @@ no longer holds is built anew. Gradient addresses are the one thing that may cha
 """
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 _grad = attrgetter("grad")
 _dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
 _address = torch._C.TensorBase.data_ptr
-_stride = torch._C.TensorBase.stride
+_stride: Any = torch._C.TensorBase.stride
 _params = itemgetter("params")
 
 
@@ -65,17 +67,24 @@ class GroupOptions:
         self.decoupled = rule.decoupled(group)
         self.maximize = bool(group.get("maximize", False))
         self.options: dict[str, Any] = dict(group.get("fusedopt", {}))
+        # what may change without becoming another object: numbers in CPU memory (a GPU's plan has copies), containers
+        self.on_host = [(t, t.item()) for t in self.tensors if t.device.type == "cpu"]
+        used = ("fusedopt", *(key.partition(".")[0] for key in rule.hyper))
+        self.containers = [(v, copy(v)) for key in used if isinstance(v := group.get(key), list | dict)]
 
     def unchanged(self, group: dict[str, Any]) -> bool:
-        """Every option is the same object as before, and tensor options are where they were."""
+        """Every option is the same object as before, holding what it held; tensor options are where they were."""
         if len(group) != len(self.keys) + 1:
             return False
         try:
             values = self._pick(group)
         except KeyError:
             return False
-        return all(map(is_, values, self.values)) and (
-            not self.tensors or [t.data_ptr() for t in self.tensors] == self.addresses
+        return (
+            all(map(is_, values, self.values))
+            and [t.data_ptr() for t in self.tensors] == self.addresses
+            and all(t.item() == was for t, was in self.on_host)
+            and all(v == was for v, was in self.containers)
         )
 
     def same_structure(self, other: "GroupOptions") -> bool:
@@ -105,14 +114,19 @@ class Plan:
             init_state(optimizer, segment, self.groups[segment.group])
         self.params = [s.param for s in self.segments]
         self.dtypes = list(map(_dtype, self.params))
+        self.shapes = list(map(_shape, self.params))
         self.strides = list(map(_stride, self.params))
         self.addresses = list(map(_address, self.params))
+        _check_distinct(self.params, self.addresses)
         self.states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-        self.has_complex = any(p.is_complex() for p in self.params)
+        self.state_tensors = [v for v in self.states if isinstance(v, Tensor)]
+        self.state_addresses = list(map(_address, self.state_tensors))
+        # strides show every other lazily negated or conjugated gradient
+        self.resolvable = [s for s in self.segments if s.param.is_complex() or s.numel == 1]
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:
-        grads = [s.param.grad for s in self.segments]
+        grads: list[Any] = [s.param.grad for s in self.segments]
         self.grad_dtypes = list(map(_dtype, grads))
         self.grad_strides = list(map(_stride, grads))
         for segment, grad in zip(self.segments, grads, strict=True):
@@ -129,11 +143,20 @@ class Plan:
             assert segment.grad_buffer is not None
             segment.grad_buffer.copy_(grads[segment.position])
             grads[segment.position] = segment.grad_buffer
-        if self.has_complex:
-            for i, g in enumerate(grads):
-                if layout.needs_resolving(g):
-                    grads[i] = torch.empty_like(self.segments[i].weight, dtype=g.dtype).copy_(g)
+        for segment in self.resolvable:
+            if layout.needs_resolving(grads[segment.position]):
+                grads[segment.position] = _like(grads[segment.position], segment.weight)
         self.grad_addresses = list(map(_address, grads))
+
+    def replace_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Take other tensors for this step's gradients, in any layout."""
+        pairs = zip(grads, self.segments, strict=True)
+        self.set_gradients(
+            [
+                g if s.grad_buffer is not None or layout.same_layout(g, s.weight) else _like(g, s.weight)
+                for g, s in pairs
+            ]
+        )
 
     def refresh(self, optimizer: "FusedOptimizer") -> bool:
         """True if the plan still describes the optimizer; then this step's gradients have been taken."""
@@ -155,11 +178,15 @@ class Plan:
         if (
             list(map(_address, params)) != self.addresses
             or list(map(_dtype, params)) != self.dtypes
+            or list(map(_shape, params)) != self.shapes
             or list(map(_stride, params)) != self.strides
+            or any(layout.needs_resolving(s.param) for s in self.resolvable)
         ):
             return False
         states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
+            return False
+        if list(map(_address, self.state_tensors)) != self.state_addresses:
             return False
         self.set_gradients(grads)
         return True
@@ -202,6 +229,11 @@ def _packed(param: Tensor) -> Tensor:
     return torch.empty_like(param.detach(), memory_format=torch.preserve_format)
 
 
+def _like(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient's values in the parameter's layout."""
+    return torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+
+
 def _grad_buffer(segment: Segment, grad: Tensor) -> Tensor:
     if segment.weight is segment.param:
         layout.warn_once(
@@ -220,6 +252,23 @@ def _check_supported(optimizer: "FusedOptimizer", p: Tensor) -> None:
         raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
     if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
         raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex parameters, got {p.dtype}")
+    if layout.needs_resolving(p):
+        raise RuntimeError(
+            f"{name} cannot update a lazily conjugated or negated parameter in place; make it from "
+            ".resolve_conj().resolve_neg()"
+        )
+
+
+def _check_distinct(params: list[Tensor], addresses: list[int]) -> None:
+    """All segments are updated at once, so none may share memory with another."""
+    seen: dict[int, Tensor] = {}
+    for p, address in zip(params, addresses, strict=True):
+        if p.numel() and address in seen:
+            how = "a parameter is listed twice" if seen[address] is p else "two parameters share memory"
+            raise ValueError(
+                f"{how} in param_groups (shape {tuple(p.shape)}): it would be updated twice at once; list it once"
+            )
+        seen[address] = p
 
 
 def slot_columns(slots: Sequence[Slot]) -> list[str]:

@@ -8,8 +8,9 @@ layout) is taken over; only what is missing is created.
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fusedopt_kernels.param import split16
 from torch import Tensor
+
+from fusedopt_kernels.param import split16
 
 from . import layout
 from .rule import Slot
@@ -17,6 +18,9 @@ from .rule import Slot
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .plan import GroupOptions, Segment
+
+REAL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX_TYPES = (torch.complex64, torch.complex128)
 
 
 def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupOptions") -> None:
@@ -26,9 +30,9 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
         state = optimizer.state[p]
     else:
         state = {}
-    fresh = not any(slot.name in state for slot in options.slots)
+    fresh = all(state.get(slot.name) is None for slot in options.slots)
     if rule.counts_in_state:
-        state["step"] = _step_tensor(state.get("step", 0.0), p.device)
+        state["step"] = step_tensor(state.get("step", 0.0), p.device)
         segment.counter = state["step"]
     elif options.slots:
         segment.counter = _hidden_counter(optimizer, p, fresh)
@@ -36,13 +40,15 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
         have = state.get(slot.name)
         if have is None:
             have = _make_slot(slot, segment, options)
-        state[slot.name] = _fit(have, segment.weight)
+        state[slot.name] = _fit(slot.name, have, segment.weight)
         segment.slots.append(state[slot.name])
     if options.options.get("weights") == "split16":
         split16.codec(p.dtype)
         have = state.get("param_residual")
         state["param_residual"] = (
-            split16.initial_residual(segment.weight) if have is None else _fit(have, segment.weight)
+            split16.initial_residual(segment.weight)
+            if have is None
+            else _fit("param_residual", have, segment.weight, (torch.int16,))
         )
         segment.residual = state["param_residual"]
 
@@ -64,19 +70,21 @@ def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tenso
     return state if source is None else state.copy_(source)
 
 
-def _fit(have: Tensor, weight: Tensor) -> Tensor:
-    """State on the parameter's device and in its layout; values and dtype stay."""
-    if have.shape != weight.shape:
+def _fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+    """State on the parameter's device and in its layout; values and dtype stay. dtypes: () for any of wide.py's."""
+    dtypes = dtypes or (COMPLEX_TYPES if weight.is_complex() else REAL_TYPES)
+    if have.shape != weight.shape or have.dtype not in dtypes:
         raise RuntimeError(
-            f"optimizer state of shape {tuple(have.shape)} does not fit a parameter of shape {tuple(weight.shape)}; "
-            "load a checkpoint of this model or clear optimizer.state"
+            f"optimizer state {name!r} of shape {tuple(have.shape)} and dtype {have.dtype} does not fit a parameter "
+            f"of shape {tuple(weight.shape)} and dtype {weight.dtype}; load a checkpoint of this model or clear "
+            "optimizer.state"
         )
     if have.device == weight.device and layout.same_layout(have, weight):
         return have
     return torch.empty_like(weight.detach(), dtype=have.dtype).copy_(have)
 
 
-def _step_tensor(step: Any, device: torch.device) -> Tensor:
+def step_tensor(step: Any, device: torch.device) -> Tensor:
     """Step count as a 0-dim floating tensor on the parameter's device (numbers and CPU tensors are accepted)."""
     if not isinstance(step, Tensor):
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fusedopt_kernels import launch, table
 from fusedopt_kernels.grad import coefficient, l2, maximize
 from fusedopt_kernels.numerics import REAL_TYPE, compute_type
 from fusedopt_kernels.param import plain, split16
 from fusedopt_kernels.state import wide
-from torch import Tensor
 
 from .plan import GroupOptions, Segment
 from .rule import Rule

@@ -8,11 +8,11 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fusedopt_kernels.numerics import div, sqrt
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rule import Rule, Slot
 from fusedopt.values import div_eager, sqrt_eager
+from fusedopt_kernels.numerics import div, sqrt
 
 
 @triton.jit

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fusedopt_kernels import launch, table
 from table import DTYPES, FORMATS, RULES, RuleRow, private
+
+from fusedopt_kernels import launch, table
 
 CHUNK = table.CHUNK
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -102,7 +103,7 @@ def test_bf16_state_is_bf16_and_split16_is_exact(device: str) -> None:
 def test_norm_and_coefficient(options: dict[str, Any], device: str) -> None:
     """Given the same norm the rest agrees bit for bit; the norm itself within one fp32 ulp (here: equal)."""
     row = RULES[7]
-    eager, kernels = run_both(
+    _, kernels = run_both(
         lambda p, backend: row.cls(p, **row.options, backend=backend), torch.float32, device, **options
     )
     header = kernels._tables[0].header.tolist()

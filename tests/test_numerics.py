@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from fusedopt_kernels import numerics as N
 
 
@@ -91,7 +92,7 @@ def test_one_minus_power_matches_decimal_arithmetic() -> None:
     getcontext().prec = 60
     for q, t in POWERS:
         exact = 1 - (1 - Decimal(q)) ** t
-        assert abs(Decimal(N.one_minus_power_eager(q, t)) / exact - 1) < Decimal(5e-16), (q, t)
+        assert abs(Decimal(N.one_minus_power_eager(q, t)) / exact - 1) < Decimal("5e-16"), (q, t)
 
 
 def test_one_minus_power_kernel_gives_the_bits_of_its_twin(device: str) -> None:

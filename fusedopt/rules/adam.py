@@ -8,7 +8,8 @@
 Source: Kingma & Ba (2015), "Adam: A Method for Stochastic Optimization", Algorithm 1; AMSGrad: Reddi, Kale, Kumar
 (2018), "On the Convergence of Adam and Beyond", Algorithm 2, with torch's choice to take the maximum before bias
 correction. Weight decay is coupled (L2), or decoupled with ``decoupled_weight_decay``. Differs from torch.optim.Adam
-by rounding only: averages are written m + (1−β)(g−m), and decay and update are summed before the one rounding.
+by rounding only: averages are written m + (1−β)(g−m), from the nearer end, and decay and update are summed before
+the one rounding.
 """
 
 from collections.abc import Iterable
@@ -17,12 +18,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fusedopt_kernels.numerics import div, maximum, one_minus_power, one_minus_power_eager, sqrt
 
-from ..values import div_eager, maximum_eager, sqrt_eager, sqrt_scalar
+from fusedopt_kernels.numerics import (
+    average,
+    average_eager,
+    average_weight,
+    average_weight_eager,
+    div,
+    maximum,
+    one_minus_power,
+    one_minus_power_eager,
+    sqrt,
+)  # fmt: skip
+
 from ..arguments import check_betas, check_lr, check_nonnegative
 from ..optimizer import FusedOptimizer
 from ..rule import Rule, Slot
+from ..values import div_eager, maximum_eager, sqrt_eager, sqrt_scalar
 
 STATE = (
     Slot("exp_avg", "signed"),
@@ -38,7 +50,8 @@ def scalars(hyper, t):
     n = t.to(tl.int64)
     step_size = lr / one_minus_power(q1, n)
     correction = 1.0 / tl.sqrt(one_minus_power(q2, n))
-    return q1, q2, step_size, correction, eps
+    w1, w2 = average_weight(q1), average_weight(q2)
+    return w1, w2, step_size, correction, eps
 
 
 def scalars_eager(hyper: tuple[float, ...], t: float) -> tuple[float, ...]:
@@ -47,14 +60,15 @@ def scalars_eager(hyper: tuple[float, ...], t: float) -> tuple[float, ...]:
     n = t
     step_size = lr / one_minus_power_eager(q1, n)
     correction = 1.0 / sqrt_scalar(one_minus_power_eager(q2, n))
-    return q1, q2, step_size, correction, eps
+    w1, w2 = average_weight_eager(q1), average_weight_eager(q2)
+    return w1, w2, step_size, correction, eps
 
 
 @triton.jit
 def update(g, p, state, s, VARIANT: tl.constexpr, EXACT: tl.constexpr):
-    q1, q2, step_size, correction, eps = s
-    m = state[0] + q1 * (g - state[0])
-    v = state[1] + q2 * (g * g - state[1])
+    w1, w2, step_size, correction, eps = s
+    m = average(state[0], g, w1)
+    v = average(state[1], g * g, w2)
     new = (m, v)
     if VARIANT[0]:
         v = maximum(state[2], v)
@@ -63,9 +77,9 @@ def update(g, p, state, s, VARIANT: tl.constexpr, EXACT: tl.constexpr):
 
 
 def update_eager(g, p, state, s, VARIANT):
-    q1, q2, step_size, correction, eps = s
-    m = state[0] + q1 * (g - state[0])
-    v = state[1] + q2 * (g * g - state[1])
+    w1, w2, step_size, correction, eps = s
+    m = average_eager(state[0], g, w1)
+    v = average_eager(state[1], g * g, w2)
     new = (m, v)
     if VARIANT[0]:
         v = maximum_eager(state[2], v)

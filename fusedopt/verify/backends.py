@@ -96,9 +96,7 @@ class Worker:
             "folder": self._folder.name,
         }
         command = [sys.executable, "-P", "-m", "fusedopt.verify.worker", json.dumps(job)]
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True)
 
     def outcomes(self) -> list[Outcome]:
         """The next cell's runs, one per seed.
@@ -158,6 +156,5 @@ def pack(outcomes: list[Outcome]) -> tuple[list[Any], dict[str, np.ndarray]]:
 def unpack(layout: list[Any], arrays: Any) -> list[Outcome]:
     """The inverse of `pack`."""
     return [
-        [{slot: [arrays[key] for key in keys] for slot, keys in step.items()} for step in outcome]
-        for outcome in layout
+        [{slot: [arrays[key] for key in keys] for slot, keys in step.items()} for step in outcome] for outcome in layout
     ]

@@ -85,6 +85,13 @@ NESTEROV_STEP = Bound(
     17.0, "d = g + μ·b: the buffer's 8, μ and its product 2, g + λ·p again 3, the sum 1; lr·d 2; the last sum 1."
 )
 
+NEAR_MOMENT = Bound(
+    5.3,
+    "β < 0.5: g − β(g − m). Constant, difference and product 3 of β(|g| + |m|), which at β = 0.3 is at most 1.43 of "
+    "the largest addend, 4.3; the sum 1. At β = 0 the product vanishes.",
+)
+NEAR_STEP = Bound(16.0, "As Adam, 14.9, with 4.3 instead of 3.34 in m.", extra64=BIAS_64.ulps)
+
 _ADAM = {"exp_avg": MOMENT, "exp_avg_sq": SQUARE, "max_exp_avg_sq": SQUARE, "param": ADAM_STEP}
 _ADAMW = {**_ADAM, "param": ADAMW_STEP}
 
@@ -93,6 +100,8 @@ BOUNDS: Mapping[tuple[str, str], Mapping[str, Bound]] = {
     ("adam", "amsgrad"): _ADAM,
     ("adam", "maximize"): _ADAM,
     ("adam", "weight decay"): {"exp_avg": L2_MOMENT, "exp_avg_sq": L2_SQUARE, "param": L2_STEP},
+    ("adam", "beta1 0"): {**_ADAM, "exp_avg": NEAR_MOMENT, "param": NEAR_STEP},
+    ("adam", "beta1 0.3"): {**_ADAM, "exp_avg": NEAR_MOMENT, "param": NEAR_STEP},
     ("adamw", "plain"): _ADAMW,
     ("adamw", "amsgrad"): _ADAMW,
     ("sgd", "plain"): {"param": SGD_PLAIN},

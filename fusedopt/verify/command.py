@@ -55,9 +55,7 @@ def command(
     if not dtypes:
         raise BadInput(f"{', '.join(asked)}: not verified here, NumPy's longdouble is too short for a reference")
 
-    dropped = {
-        name: "not run: NumPy's longdouble is too short for a reference" for name in asked if name not in dtypes
-    }
+    dropped = {name: "not run: NumPy's longdouble is too short for a reference" for name in asked if name not in dtypes}
     cells = [(config, dtype) for config in CONFIGURATIONS if config.rule in rules for dtype in dtypes]
     ran = report.coverage(names, known, dropped)
     result = _with_progress(cells, names, SEEDS[:seeds])

@@ -96,9 +96,7 @@ def first_difference(problem: Problem, left: Outcome, right: Outcome) -> Differe
     return Difference(problem.seed, *first, count) if first else None
 
 
-def _pairs(
-    problem: Problem, left: Outcome, right: Outcome
-) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
+def _pairs(problem: Problem, left: Outcome, right: Outcome) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
     for case, a, b in zip(problem.steps, left, right, strict=True):
         for slot in problem.slots:
             for tensor, (x, y) in enumerate(zip(a[slot], b[slot], strict=True)):

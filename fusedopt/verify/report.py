@@ -131,14 +131,18 @@ def _merged(report: Report, cell: Cell, rows: list[Row]) -> list[tuple[str, Row]
 
 def _numbers(row: Row) -> tuple[str | Text, ...]:
     used = row.yardsticks
-    largest = f"{max(error.largest for error in used):.2f}" if used else "–"
-    rms = f"{max(error.rms for error in used):.3f}" if used else "–"
+    largest = _short(max(error.largest for error in used)) if used else "–"
+    rms = _short(max(error.rms for error in used), 3) if used else "–"
     if len(used) < len(row.torch):
         largest += "*"
-    rms_limit = "–" if row.rms_limit is None else f"{row.rms_limit:.3f}"
+    rms_limit = "–" if row.rms_limit is None else _short(row.rms_limit, 3)
     verdict = Text("ok", style="green") if not row.problems else Text("BROKEN", style="bold red")
-    own = (f"{row.error.largest:.2f}", f"{row.error.rms:.3f}")
-    return (*own, largest, rms, f"{row.bound:.2f}", f"{row.limit:.2f}", rms_limit, verdict)
+    own = (_short(row.error.largest), _short(row.error.rms, 3))
+    return (*own, largest, rms, _short(row.bound), _short(row.limit), rms_limit, verdict)
+
+
+def _short(x: float, digits: int = 2) -> str:
+    return f"{x:.{digits}f}" if x < 1e4 else f"{x:.1e}"
 
 
 def _row_json(row: Row) -> dict[str, Any]:

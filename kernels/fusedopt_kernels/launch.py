@@ -73,9 +73,7 @@ def update_spec(
 def norm_spec(grad: torch.dtype) -> KernelSpec:
     """The norm pass over gradients of one dtype."""
     block = ("BLOCK", table.NORM_BLOCK)
-    return KernelSpec(
-        "norm", norm_kernel, (("GRAD", numerics.triton_type(grad)), ("CHUNK", table.NORM_CHUNK), block)
-    )
+    return KernelSpec("norm", norm_kernel, (("GRAD", numerics.triton_type(grad)), ("CHUNK", table.NORM_CHUNK), block))
 
 
 SCALARS_BLOCK = 128
@@ -94,7 +92,7 @@ def scalars_spec(name: str, rule: Any, n_hypers: int, n_scalars: int, with_norm:
 
 
 def launch_shape() -> tuple[int, int, int]:
-    """(block, tail block, warps) of the update kernel. Interpreted, a block is a whole chunk: each one costs Python time.
+    """(block, tail block, warps) of the update kernel. Interpreted, a block is a whole chunk: blocks cost Python time.
 
     Compiled: 8 elements per thread, chosen from the disassembly (128-bit accesses, 64 registers or fewer); no
     measurement on hardware decided it yet.
@@ -112,9 +110,7 @@ def compile_for(spec: KernelSpec, target: Any) -> Any:
 
     if numerics.INTERPRETED:
         raise RuntimeError("cannot compile under TRITON_INTERPRET=1; unset it and start a new process")
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(spec.signature.values()) if kind != "constexpr"
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(spec.signature.values()) if kind != "constexpr"}
     source = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constants, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": spec.num_warps, **OPTIONS})
 
@@ -163,9 +159,7 @@ class Launcher:
         if numerics.INTERPRETED:
             self._ready[key] = spec.fn
         else:
-            kernel = spec.fn.warmup(
-                *args, **spec.constants, grid=(1, 1, 1), num_warps=spec.num_warps, **OPTIONS
-            )
+            kernel = spec.fn.warmup(*args, **spec.constants, grid=(1, 1, 1), num_warps=spec.num_warps, **OPTIONS)
             kernel._init_handles()
             self._ready[key] = kernel
         self.compiles += 1

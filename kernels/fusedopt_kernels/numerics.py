@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = bool(knobs.runtime.interpret)
 """True when this process decorates kernels for the interpreter (TRITON_INTERPRET=1 at import)."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -45,6 +46,29 @@ def sqrt(x, EXACT: tl.constexpr):
 def maximum(a, b):
     """Larger of a and b; NaN if either is NaN, as ``torch.maximum``."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+# ------------------------------------------------------------------------------------------------ running averages
+@triton.jit
+def average_weight(q):
+    """Weight for `average` from q = 1 − β, in float64."""
+    return tl.where(q < 0.5, q, q - 1.0)
+
+
+def average_weight_eager(q: float) -> float:
+    """Eager twin of `average_weight`."""
+    return q if q < 0.5 else q - 1.0
+
+
+@triton.jit
+def average(old, new, w):
+    """old + q·(new − old), written from the nearer end: from ``new`` when q ≥ 0.5, or small q's form cancels."""
+    return tl.where(w <= 0.0, new, old) + w * (new - old)
+
+
+def average_eager(old: Any, new: Any, w: float) -> Any:
+    """Eager twin of `average` (works on anything with arithmetic)."""
+    return (new if w <= 0.0 else old) + w * (new - old)
 
 
 # ------------------------------------------------------------------------------------------------- bias correction
@@ -144,9 +168,12 @@ def philox_words_eager(key: int, index: np.ndarray, step: int) -> tuple[np.ndarr
     k0, k1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
     for _ in range(PHILOX_ROUNDS):
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), p1 & mask, (
-            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
-        ), p0 & mask
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            ((p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)),
+            p0 & mask,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return tuple(c.astype(np.uint32) for c in (c0, c1, c2, c3))
 

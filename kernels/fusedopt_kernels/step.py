@@ -11,8 +11,22 @@ import triton.language as tl
 
 from . import memory
 from .table import (
-    ALIGNED, COEFFICIENT, DECAY, FLAGS, L2, LANES, MEASURE_COUNT, MEASURE_START, NUMEL, PARAM, RESIDUAL, ROW_WIDTH,
-    RULE_SCALARS, SCALAR_WIDTH, SKIP, SLOTS,
+    ALIGNED,
+    COEFFICIENT,
+    DECAY,
+    FLAGS,
+    L2,
+    LANES,
+    MEASURE_COUNT,
+    MEASURE_START,
+    NUMEL,
+    PARAM,
+    RESIDUAL,
+    ROW_WIDTH,
+    RULE_SCALARS,
+    SCALAR_WIDTH,
+    SKIP,
+    SLOTS,
 )  # fmt: skip
 
 _LANES = tl.constexpr(LANES)
@@ -135,7 +149,7 @@ def update_kernel(
 @triton.jit
 def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
     sums = ()
-    for i in tl.static_range(N):
+    for _ in tl.static_range(N):
         sums = sums + (tl.zeros((BLOCK,), tl.float64),)
     return sums
 

@@ -61,5 +61,7 @@ ORACLE = Oracle(
         Configuration("adam", "amsgrad", dict(amsgrad=True)),
         Configuration("adam", "weight decay", dict(weight_decay=0.01)),
         Configuration("adam", "maximize", dict(maximize=True)),
+        Configuration("adam", "beta1 0", dict(betas=(0.0, 0.999))),
+        Configuration("adam", "beta1 0.3", dict(betas=(0.3, 0.999))),
     ),
 )
