@@ -51,7 +51,8 @@ def update_spec(
     compute: torch.dtype, n_scalars: int, n_norms: int, measure: Any = None,
 ) -> KernelSpec:  # fmt: skip
     """The update kernel of a variant, or its measuring pass when ``measure`` is given."""
-    block, tail, warps = launch_shape()
+    types = (numerics.triton_type(grad), weight[2], *(codec[2] for codec in states))
+    block, tail, warps = launch_shape({t.primitive_bitwidth // 8 for t in types})
     items: tuple[tuple[str, Any], ...] = (
         ("RULE", rule) if measure is None else ("MEASURE", measure),
         ("VARIANT", variant),
@@ -91,13 +92,16 @@ def scalars_spec(name: str, rule: Any, n_hypers: int, n_scalars: int, with_norm:
     return KernelSpec(name, scalars.scalars_kernel, items)
 
 
-def launch_shape() -> tuple[int, int, int]:
-    """(block, tail block, warps) of the update kernel. Interpreted, a block is a whole chunk: blocks cost Python time.
+def launch_shape(widths: set[int]) -> tuple[int, int, int]:
+    """(block, tail block, warps) of the update kernel for elements of these sizes in bytes.
 
-    Compiled: 8 elements per thread, chosen from the disassembly (128-bit accesses, 64 registers or fewer); no
-    measurement on hardware decided it yet.
+    Compiled: 8 elements per thread, or 4 for fp64 (registers) and where sizes are mixed (their different vector
+    widths would cost barriers). Chosen from the disassembly; no measurement on hardware decided it yet. Interpreted, a block is a
+    whole chunk: each costs Python time.
     """
-    return (table.CHUNK, table.CHUNK, 4) if numerics.INTERPRETED else (1024, 512, 4)
+    if numerics.INTERPRETED:
+        return table.CHUNK, table.CHUNK, 4
+    return 1024, 512, 4 if widths in ({2}, {4}) else 8
 
 
 def compile_for(spec: KernelSpec, target: Any) -> Any:

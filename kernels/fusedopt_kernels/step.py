@@ -201,14 +201,14 @@ def measure_kernel(
         _store_sums(out, sums)
     else:
         few = tl.arange(0, TAIL)
-        sums = _zeros(N_NORMS, TAIL)
+        few_sums = _zeros(N_NORMS, TAIL)
         rest = tl.minimum(left, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
             at = (start + done, few, done + few < rest)
-            sums = _measure_block(
-                r, e, s, at, sums,
+            few_sums = _measure_block(
+                r, e, s, at, few_sums,
                 MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, False,
             )  # fmt: skip
             done += TAIL
-        _store_sums(out, sums)
+        _store_sums(out, few_sums)
