@@ -198,6 +198,7 @@ def test_an_earlier_run_is_not_buried(train: Train) -> None:
     assert train("--steps", 4).status == 0
     first = train.state()
     assert_refused(train("--steps", 4, "--seed", 1), "already holds a run: add --resume or --overwrite")
+    assert_refused(train("--overwrite", "--lr", -1), "--lr")
     assert equal(first, train.state())
     assert train("--steps", 4, "--seed", 1, "--overwrite").status == 0
     assert not equal(first["runs"], train.state()["runs"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedopt.train.config import STRUCTURE, TrainConfig, differences, from_dict
-from fusedopt.train.errors import BadInput
+import fusedopt
+
+from .config import STRUCTURE, TrainConfig, differences, from_dict
+from .errors import BadInput
 
 if TYPE_CHECKING:
-    from fusedopt.train.trainer import Trainer
+    from .trainer import Trainer
 
 FILE_NAME = "checkpoint.pt"
 FORMAT = 1
@@ -63,7 +64,9 @@ def load(folder: Path) -> dict[str, Any] | None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadInput(f"cannot read checkpoint {path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, NotImplementedError):
+    except BadInput:
+        raise
+    except Exception:  # a damaged archive fails in a dozen ways, from BadZipFile to struct.error
         raise BadInput(f"checkpoint {path} is damaged or not a checkpoint: {remedy}") from None
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise BadInput(f"{path} is not a checkpoint of fusedopt train: {remedy}")
@@ -91,20 +94,15 @@ def describe_environment(config: TrainConfig, text_digest: str) -> dict[str, Any
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     kernels = "none (eager)" if config.backend == "eager" else "interpreted" if interpreted else "compiled"
     processor = torch.cuda.get_device_name() if gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    versions = {"fusedopt": fusedopt.__version__, **{name: metadata.version(name) for name in ("torch", "numpy")}}
+    versions["triton"] = "none" if config.backend == "eager" else metadata.version("triton")
     return {
         "text": text_digest,
         "threads": torch.get_num_threads(),
         "processor": processor,
         "kernels": kernels,
-        **{f"{package} version": _version(package) for package in ("fusedopt", "torch", "triton", "numpy")},
+        **{f"version of {package}": version for package, version in versions.items()},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def check_continues(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusedopt.cli import require_interpreter
-from fusedopt.train.config import DEFAULT_OUT, TrainConfig, override, resolve
-from fusedopt.train.errors import BadInput, Diverged
-from fusedopt.train.options import OPTIONS, SectionCommand
+from ..cli import require_interpreter
+from .config import DEFAULT_OUT, TrainConfig, override, resolve
+from .errors import BadInput, Diverged
+from .options import OPTIONS, SectionCommand
 
 if TYPE_CHECKING:
-    from fusedopt.train.data import Text
+    from .data import Text
 
 HELP = """Train a small decoder-only Transformer on real text, byte by byte.
 
@@ -34,6 +36,8 @@ Examples:
 
 
 def _callback(resume: bool, overwrite: bool, allow_inexact: bool, **given: Any) -> int:
+    for module in ("matplotlib", "rich"):  # missing ones show now, not after the training
+        importlib.import_module(module)
     try:
         return train(given, resume, overwrite, allow_inexact)
     except BadInput as error:
@@ -41,6 +45,10 @@ def _callback(resume: bool, overwrite: bool, allow_inexact: bool, **given: Any) 
     except Diverged as error:
         click.echo(f"fusedopt: {error}", err=True)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise click.UsageError("out of memory: try a smaller --batch-size, --max-seq-len or --hidden-size") from None
 
 
 command = SectionCommand("train", params=OPTIONS, callback=_callback, help=HELP)
@@ -48,9 +56,11 @@ command = SectionCommand("train", params=OPTIONS, callback=_callback, help=HELP)
 
 def train(given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool) -> int:
     """Settle the settings, check everything that can be checked before training, train, and report."""
-    from fusedopt.train import checkpoint, data  # these import torch: not for --help
-    from fusedopt.train.optimizers import DEFAULTS, parse_arguments, rule_name
+    from . import checkpoint, data  # these import torch: not for --help
+    from .optimizers import DEFAULTS, parse_arguments, rule_name
 
+    if resume and overwrite:
+        raise BadInput("--resume continues a run, --overwrite starts it anew: choose one")
     given = {name: value for name, value in given.items() if value is not None and value != ()}
     if "optimizer" in given:
         given["optimizer"] = rule_name(given["optimizer"])
@@ -85,7 +95,7 @@ def start(
     """Run with a progress display, then plot and report. The exit status: 0, or 128 + the signal that stopped it."""
     from rich.console import Console
 
-    from fusedopt.train import loop, metrics, plot, progress
+    from . import loop, metrics, plot, progress
 
     console = Console()
     step = saved["step"] if saved else 0
@@ -110,7 +120,7 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
     lines = [
         f"text: {source}, {len(text.train) / 1e6:.2f} MB training + {len(text.validation) / 1e6:.2f} MB validation",
         f"model: {size}, {config.dtype}{'' if config.amp == 'off' else ', autocast ' + config.amp}; {batch}",
-        f"optimizer: {config.optimizer}, {kernels} on {environment['processor']}, {environment['threads']} threads",
+        f"optimizer: {config.optimizer}, {kernels} on {environment['processor']}, threads: {environment['threads']}",
     ]
     if step == config.steps:
         lines.append(f"already at step {step}: nothing left to train (--overwrite starts anew)")
@@ -139,9 +149,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        if overwrite and not resume:
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        elif not resume and any((folder / name).exists() for name in ("checkpoint.pt", "metrics.jsonl")):
+        if not (resume or overwrite) and any((folder / name).exists() for name in ("checkpoint.pt", "metrics.jsonl")):
             raise BadInput(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
     except OSError as error:
         raise BadInput(f"cannot write to output folder {folder}: {error.strerror}") from None

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fusedopt.train.errors import BadInput
+from .errors import BadInput
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 SCHEDULES = ("constant", "linear", "cosine")
@@ -18,9 +18,11 @@ STRUCTURE = ("optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "co
 FREE = ("out", "text", "val_interval", "val_batches", "checkpoint_interval")
 
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": dict(hidden_size=128, num_layers=4, num_heads=4, max_seq_len=128, batch_size=16, steps=700, dropout=0.0),
+    "cpu": dict(hidden_size=128, num_layers=4, num_heads=4, max_seq_len=128, batch_size=16, steps=1000, dropout=0.0),
     "gpu": dict(hidden_size=512, num_layers=8, num_heads=8, max_seq_len=512, batch_size=64, steps=2000, dropout=0.1),
-    "interpreter": dict(hidden_size=32, num_layers=2, num_heads=2, max_seq_len=32, batch_size=8, steps=60, dropout=0.0),
+    "interpreter": dict(
+        hidden_size=32, num_layers=2, num_heads=2, max_seq_len=32, batch_size=8, steps=100, dropout=0.0
+    ),
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.train.errors import BadInput
+from .errors import BadInput
 
 VALIDATION_SHARE = 10  # the last tenth of every file is held out
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import torch
 
-from fusedopt.train import checkpoint
-from fusedopt.train.config import TrainConfig
-from fusedopt.train.data import Text
-from fusedopt.train.errors import Diverged
-from fusedopt.train.metrics import MetricsLog, read
-from fusedopt.train.trainer import StepRecord, Trainer, largest_difference, milliseconds
+from . import checkpoint
+from .config import TrainConfig
+from .data import Text
+from .errors import Diverged
+from .metrics import MetricsLog, read
+from .trainer import StepRecord, Trainer, largest_difference, milliseconds
 
 Rows = list[dict[str, Any]]
 STEPS_IN_FLIGHT = 10  # on a GPU: reading each loss at once would make the device wait for the host
@@ -71,6 +71,8 @@ def run(
     if saved:
         for trainer in trainers.values():
             checkpoint.restore(trainer, saved, folder)
+    else:
+        (folder / checkpoint.FILE_NAME).unlink(missing_ok=True)  # before the metrics that it belongs to
     log = MetricsLog(folder, saved["step"] if saved else -1)
     checkpoint.write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=1).encode() + b"\n")
     try:

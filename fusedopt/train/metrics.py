@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from fusedopt.train.checkpoint import write_atomically
-from fusedopt.train.errors import BadInput
+from .checkpoint import write_atomically
+from .errors import BadInput
 
 FILE_NAME = "metrics.jsonl"
 

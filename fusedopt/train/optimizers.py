@@ -13,9 +13,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fusedopt
-from fusedopt.rules import RULES
-from fusedopt.train.config import TrainConfig
-from fusedopt.train.errors import BadInput
+
+from ..rules import RULES
+from .config import TrainConfig
+from .errors import BadInput
 
 # What works on the default model; every other rule takes lr 1e-3 and its own constructor's defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 2e-3, "weight_decay": 0.1},
     "sgd": {"lr": 0.1, "momentum": 0.9},
 }
+
+RESERVED = ("params", "lr", "weight_decay", "backend")  # arguments that the command sets itself
 
 
 def rule_name(name: str) -> str:
@@ -38,13 +41,14 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """`("momentum=0.9", "betas=(0.9, 0.99)")` as keyword arguments."""
     arguments = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
+        name, _, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if name in RESERVED:
+            raise BadInput(f"--optimizer-arg {name}: the command sets it itself, see --help")
         try:
-            arguments[name.strip().replace("-", "_")] = ast.literal_eval(text.strip())
+            arguments[name] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):
-            equals = ""
-        if not equals:
-            raise BadInput(f"--optimizer-arg takes NAME=VALUE with a Python literal as value, not {pair!r}")
+            raise BadInput(f"--optimizer-arg takes NAME=VALUE with a Python literal, not {pair!r}") from None
     return arguments
 
 
@@ -58,7 +62,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch.optim.Optimizer:
-    """The configured optimizer over `model`, from `library`: "fusedopt" or "torch" (there in its fused form)."""
+    """The configured optimizer over `model`, from `library`: "fusedopt" or "torch" (fused where that works)."""
     class_name = RULES[config.optimizer]
     optimizer_class = getattr(fusedopt if library == "fusedopt" else torch.optim, class_name, None)
     if optimizer_class is None:
@@ -67,16 +71,21 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
     arguments = dict(config.optimizer_args, lr=config.lr)
     if library == "fusedopt":
         arguments["backend"] = config.backend
-    elif "fused" in accepted:
-        arguments["fused"] = True
+    elif "fused" in accepted and not _fused_is_broken(config):
+        arguments.setdefault("fused", True)
     for name in set(arguments) - set(accepted):
         close = difflib.get_close_matches(name, accepted, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise BadInput(f"--optimizer-arg {name}: {library}'s {class_name} takes no such argument{hint}")
     try:
         return optimizer_class(parameter_groups(model, config.weight_decay), **arguments)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{class_name}: {error}") from error
+
+
+def _fused_is_broken(config: TrainConfig) -> bool:
+    """torch's fused CPU SGD leaves most bf16 weights as they are (pytorch/pytorch#191763, found in 2.12 and 2.13)."""
+    return config.optimizer == "sgd" and config.device == "cpu" and config.dtype == "bf16"
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fusedopt.train.config import DEFAULT_OUT, DTYPES, SCHEDULES, SIZES
+from .config import DEFAULT_OUT, DTYPES, SCHEDULES, SIZES
 
 
 class SectionOption(click.Option):

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from fusedopt.train.checkpoint import write_atomically
+from .checkpoint import write_atomically
 
 FILE_NAME = "loss.png"
 COLOURS = {"fusedopt": "tab:blue", "torch": "tab:orange"}
 STYLES = {"fusedopt": "-", "torch": (0, (3, 3))}  # dashed on top: equal curves stay visible as two
 
 
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential average without start-up bias: each value counts `weight`, the past 1 − `weight`."""
-    average, total, result = 0.0, 0.0, []
-    for value in values:
-        average += weight * (value - average)
-        total += weight * (1.0 - total)
-        result.append(average / total)
-    return result
+def smooth(values: Sequence[float], width: int) -> np.ndarray:
+    """The mean of each value's neighbourhood of `width` values, at the ends of as much of it as there is."""
+    window = np.ones(min(width, len(values)))
+    counts = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(np.asarray(values), window, mode="same") / counts
 
 
 def plot_loss(folder: Path, rows: list[dict[str, Any]], names: dict[str, str]) -> None:
@@ -41,12 +40,12 @@ def plot_loss(folder: Path, rows: list[dict[str, Any]], names: dict[str, str]) -
             steps, losses = zip(*curves[run, "loss"], strict=True)
             if len(names) == 1:
                 axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            smoothed = smooth(list(losses), weight=min(1.0, 20 / len(losses)))
+            smoothed = smooth(losses, width=max(1, len(losses) // 40))
             axes.plot(steps, smoothed, color=colour, linestyle=style, label=f"{name}: training, smoothed")
         if curves[run, "val_loss"]:
             steps, losses = zip(*curves[run, "val_loss"], strict=True)
             size = 7 if run == "fusedopt" else 4
-            axes.plot(steps, losses, "o", color=colour, markersize=size, label=f"{name}: validation")
+            axes.plot(steps, losses, "o:", color=colour, linewidth=1, markersize=size, label=f"{name}: validation")
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fusedopt.train.config import TrainConfig
+from .config import TrainConfig
 
 
 class ProgressView:
@@ -21,7 +21,7 @@ class ProgressView:
         self._console, self._config = console, config
         self._progress = Progress(
             MofNCompleteColumn(),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[state]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -55,15 +55,15 @@ class ProgressView:
             line = f"step {ours['step']:>{width}}/{self._config.steps}  {self._state(ours)}"
             other = next((row for row in reversed(rows) if row["run"] == "torch"), None)
             if other:
-                line += f"  torch val {other['val_loss']:.4f}  max |dp| {ours['largest_difference']:.1e}"
+                line += f"  torch val {other['val_loss']:.3f}  max |dp| {ours['largest_difference']:.1e}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _state(self, row: dict[str, Any]) -> str:
-        validation = "" if self._val_loss is None else f"val {self._val_loss:.4f}"
+        validation = "" if self._val_loss is None else f"val {self._val_loss:.3f}"
         if "loss" not in row:
             return validation
         return (
-            f"loss {row['loss']:.4f} {validation} lr {row['lr']:.1e} grad {row['grad_norm']:.2f} "
+            f"loss {row['loss']:.3f} {validation} lr {row['lr']:.1e} grad {row['grad_norm']:.2f} "
             f"{row['tokens_per_s']:,} tok/s"
         )
 
@@ -71,12 +71,13 @@ class ProgressView:
 def report(console: Console, summary: dict[str, Any], folder: Path, seconds: float) -> None:
     """Print the result: losses, the comparison when there was one, and where the files are."""
     runs = summary["runs"]
+    minutes, rest = divmod(round(seconds), 60)
+    lines = [f"step {summary['step']} after {minutes} min {rest} s"]
     for run in runs.values():
-        minutes, rest = divmod(round(seconds), 60)
-        line = f"{run['optimizer']}: step {summary['step']} after {minutes} min {rest} s"
         if run["val_loss_first"] is not None:
-            line += f", validation loss {run['val_loss_first']:.4f} -> {run['val_loss_last']:.4f} nats per byte"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+            change = f"{run['val_loss_first']:.4f} -> {run['val_loss_last']:.4f}"
+            lines.append(f"{run['optimizer']}: validation loss {change} nats per byte")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     if "parameter_difference" in summary:
         table = Table("", *(run["optimizer"] for run in runs.values()), title="comparison, same seed")
         for label, key in (("optimizer step, median ms", "optimizer_ms"), ("training step, median ms", "step_ms")):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedopt.train.config import DTYPES, TrainConfig
-from fusedopt.train.data import Sampler, Text, validation_batches
-from fusedopt.train.model import Transformer
-from fusedopt.train.optimizers import describe, make_optimizer, make_schedule
+from .config import DTYPES, TrainConfig
+from .data import Sampler, Text, validation_batches
+from .model import Transformer
+from .optimizers import describe, make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)
