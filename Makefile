@@ -13,7 +13,7 @@ ARGS ?=
 # The oldest Triton that pyproject.toml allows lies beside the newest one and PYTHONPATH chooses; it runs these.
 OLDEST := 3.6.0
 OLD_TRITON := $(VENV)/triton-$(OLDEST)
-ENGINE := tests/test_numerics.py tests/test_engine.py
+ENGINE := tests/test_numerics.py tests/test_engine.py tests/test_compiled_kernels.py
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -34,7 +34,7 @@ stage = @echo "== $(1) ($$(date +%T))"
 .PHONY: train test lint types test-oldest test-compiled test-interpreted test-long clean
 
 train: $(call installed,cli)
-	$(PY) -m fusedopt.cli train $(ARGS)
+	$(PY) -m fusedopt.cli train $(or $(ARGS),--resume)
 
 # Quick checks first; the largest run last, so that the output ends with what ran and what was NOT RUN HERE.
 # Without a GPU `test-compiled` is what compiles off-line; with one it is every test, on the GPU.

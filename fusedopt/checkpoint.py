@@ -55,10 +55,13 @@ def restore(optimizer: "FusedOptimizer") -> None:
     """After unpickling or loading: unwrap state, fill in options that older files lack."""
     for p, state in list(optimizer.state.items()):
         if isinstance(state, _Raw):
-            optimizer.state[p] = _place(state.state, p) if isinstance(p, Tensor) else state.state
+            state = optimizer.state[p] = state.state
+            if not isinstance(p, Tensor):  # an entry that belongs to no parameter stays what it is
+                continue
+            state = optimizer.state[p] = _place(state, p)
             optimizer._counters.pop(p, None)
-            if isinstance(step := optimizer.state[p].get("step"), int | float):
-                optimizer.state[p]["step"] = step_tensor(step, p.device)
+            if isinstance(step := state.get("step"), int | float):
+                state["step"] = step_tensor(step, p.device)
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)

@@ -1,7 +1,7 @@
 """The step under torch.compile: one opaque custom op, so that fullgraph works and lr changes recompile nothing.
 
 The op takes the real tensor lists as mutated arguments (a pointer table would hide the mutation from the compiler)
-and an integer handle; hyper-parameters are read when it runs, never when it is traced. A compiler may hand the op
+and an integer handle; of flattened parameters the list holds the buffers. Hyper-parameters are read when it runs, never when it is traced. A compiler may hand the op
 copies of what it mutates and copy them back afterwards: then the values go through the optimizer's own tensors.
 """
 
@@ -31,7 +31,7 @@ def handle_of(optimizer: "FusedOptimizer") -> int:
 def step(optimizer: "FusedOptimizer") -> None:
     """What the tracer sees of a step."""
     params, grads, states = _tensors(optimizer)
-    _step_op(params, grads, states, optimizer._handle)
+    _step_op(list(optimizer._written) or params, grads, states, optimizer._handle)
 
 
 def _tensors(optimizer: "FusedOptimizer") -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -47,11 +47,13 @@ def _tensors(optimizer: "FusedOptimizer") -> tuple[list[Tensor], list[Tensor], l
     return params, grads, states
 
 
-@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"))
+# a CUDA graph made by the compiler would keep the float hyper-parameters of the step that it recorded
+@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"), tags=(torch.Tag.cudagraph_unsafe,))
 def _step_op(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
     optimizer = _optimizers[handle]
     own_params, own_grads, own_states = _tensors(optimizer)
-    pairs = list(zip((*own_params, *own_states), (*params, *states), strict=True))
+    written = optimizer._written or own_params
+    pairs = list(zip((*written, *own_states), (*params, *states), strict=True))
     copies = [(own, given) for own, given in pairs if own.data_ptr() != given.data_ptr()]
     if copies:
         layout.warn_once(

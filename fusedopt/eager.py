@@ -1,10 +1,13 @@
 """The whole step in plain PyTorch, composed from the same parts as the kernels.
 
-CPU tensors are a real use (tests, offload), so a segment is walked block by block and its temporaries stay in cache:
-a block of 65,536 fp32 numbers is 256 KiB, of which two cores take half each.
+CPU tensors are a real use (tests, offload), so a segment is walked block by block and its temporaries stay in cache.
+A block is so short that torch runs each operation on one thread; blocks, which are independent, are shared out to
+threads instead, each with a scratch pool of its own. That needs one hand-over per segment, not one per operation.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,14 +17,28 @@ from fusedopt_kernels.numerics import compute_type
 from fusedopt_kernels.param import split16
 
 from . import layout
+from .groups import GroupOptions
 from .norm import clip_coefficient, eager_norm
-from .plan import GroupOptions, Segment
+from .plan import Segment
 from .rule import Rule
 from .tables import transforms
-from .values import Pool, Values
+from .values import Pool
 
-BLOCK = 65536
-"""Elements per block; a multiple of every state codec's group."""
+BLOCK = 32768
+"""Elements per block: torch's grain size for one thread, and a multiple of every state codec's group."""
+
+_threads: ThreadPoolExecutor | None = None
+
+
+def _helpers(n: int) -> ThreadPoolExecutor:
+    """Threads beside the calling one; made anew after a fork, where the parent's do not exist."""
+    global _threads, _owner
+    if _threads is None or _owner != (os.getpid(), n):
+        _threads, _owner = ThreadPoolExecutor(n, thread_name_prefix="fusedopt"), (os.getpid(), n)
+    return _threads
+
+
+_owner = (0, 0)
 
 
 class EagerStep:
@@ -33,7 +50,7 @@ class EagerStep:
         self.max_norm = float(options.get("max_norm", float("inf")))
         self.skip_nonfinite = bool(options.get("skip_nonfinite", False))
         self.with_norm = "max_norm" in options or "skip_nonfinite" in options
-        self._pools: dict[tuple[torch.dtype, torch.device], Pool] = {}
+        self._pools: dict[tuple[torch.dtype, torch.device, int], Pool] = {}
         self._flat = [_flat_tensors(s) for s in segments]
         self._scalars: dict[tuple[int, float], tuple[tuple[float, ...], tuple[float, ...]]] = {}
 
@@ -49,8 +66,12 @@ class EagerStep:
                 return
             clip = clip_coefficient(norm, self.max_norm)
         self._scalars.clear()
-        for segment, tensors in zip(self.segments, self._flat, strict=True):
-            self._segment(segment, tensors, layout.flat(grads[segment.position]), clip)
+        try:
+            for segment, tensors in zip(self.segments, self._flat, strict=True):
+                self._segment(segment, tensors, layout.flat(grads[segment.position]), clip)
+        except BaseException:
+            self._pools.clear()  # the traceback holds values that would give their buffers back later
+            raise
 
     def _scalars_of(self, segment: Segment) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """((l2, decay), rule scalars) of a segment, after counting this step."""
@@ -80,18 +101,37 @@ class EagerStep:
         e = (clip, l2, decay)
         flags = int(group.maximize) << 1
         steps = [t.apply_eager for t in transforms(self.with_norm, group.decoupled, rule.decay == "own")]
-        pool = self._pool(compute, segment.weight.device)
         blocks = list(zip(*(t.split(BLOCK) for t in (grad, *tensors)), strict=True))
         if grad.numel() == 0:
             return
+        pool = self._pool(compute, segment.weight.device, 0)
         s = (*s, *self._norms(segment, blocks, pool, steps, e, flags, tuple(s)))
-        for block in blocks:
-            g, p, state = self._inputs(segment, block, pool, steps, e, flags)
-            descent, state = rule.update_eager(g, p, state, s, group.variant)
-            if decay != 0.0:
-                descent = descent + decay * p
-            _store(segment, block, p - descent, state)
-            del g, p, state, descent
+
+        def work(part: Sequence[Any], index: int) -> None:
+            pool = self._pool(compute, segment.weight.device, index)
+            with torch.no_grad():
+                for block in part:
+                    self._block(segment, block, pool, steps, e, flags, s)
+
+        n = min(torch.get_num_threads(), len(blocks)) if segment.weight.device.type == "cpu" else 1
+        waiting = [_helpers(n - 1).submit(work, blocks[i::n], i) for i in range(1, n)]
+        work(blocks[::n], 0)
+        for other in waiting:
+            other.result()
+
+    def _block(self, segment: Segment, block: Any, pool: Pool, steps: Any, e: Any, flags: int, s: Any) -> None:
+        g, p, state = self._inputs(segment, block, pool, steps, e, flags)
+        descent, state = self.rule.update_eager(g, p, state, s, self.groups[segment.group].variant)
+        if e[2] != 0.0:
+            descent = descent + e[2] * p
+        for tensor, value in zip(block[2 : 2 + len(segment.slots)], state, strict=True):
+            tensor.copy_(value.data)
+        if segment.residual is not None:
+            split16.split_eager((p - descent).data, block[1], block[-1])
+        elif p.borrowed:  # the parameter's own memory, in the compute type
+            torch.sub(p.data, descent.data, out=block[1])
+        else:
+            block[1].copy_((p - descent).data)
 
     def _norms(self, segment: Segment, blocks: Any, pool: Pool, steps: Any, e: Any, flags: int, s: Any) -> Any:
         """First pass of a two-pass rule: L2 norms over the whole segment, summed in fp64."""
@@ -122,8 +162,8 @@ class EagerStep:
             g = apply(g, p, flags, e)
         return g, p, state
 
-    def _pool(self, dtype: torch.dtype, device: torch.device) -> Pool:
-        key = (dtype, device)
+    def _pool(self, dtype: torch.dtype, device: torch.device, thread: int) -> Pool:
+        key = (dtype, device, thread)
         if key not in self._pools:
             self._pools[key] = Pool(dtype, device, BLOCK)
         return self._pools[key]
@@ -135,12 +175,3 @@ def _flat_tensors(segment: Segment) -> list[Tensor]:
     if segment.residual is not None:
         tensors.append(segment.residual)
     return [layout.flat(t) for t in tensors]
-
-
-def _store(segment: Segment, block: Any, p: Values, state: Any) -> None:
-    for tensor, value in zip(block[2 : 2 + len(segment.slots)], state, strict=True):
-        tensor.copy_(value.data)
-    if segment.residual is None:
-        block[1].copy_(p.data)
-    else:
-        split16.split_eager(p.data, block[1], block[-1])

@@ -68,9 +68,11 @@ def shares_memory(p: Tensor) -> str | None:
     """Why moving it would leave something behind in the old memory."""
     if p.numel() and not buffers.is_placed(p):
         if layout.overlaps_itself(p):
-            return "an expanded tensor, whose elements share memory; fusedopt.unflatten_([p]) gives each its own"
+            return "an expanded tensor, whose elements share memory; fusedopt.unflatten_([p]) first gives each its own"
         if not is_whole(p):
-            return "part of a larger tensor, which would keep the old memory; fusedopt.unflatten_([p]) cuts it loose"
+            return (
+                "part of a larger tensor, which would keep its memory; leave it out or fusedopt.unflatten_([p]) first"
+            )
     return is_interprocess(p)
 
 

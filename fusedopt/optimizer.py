@@ -7,15 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt_kernels import launch
+from fusedopt_kernels import launch, numerics
 
-from . import checkpoint, compiled, flatten
+from . import buffers, checkpoint, compiled, flatten
 from .arguments import check_backend, check_flags
 from .eager import EagerStep
+from .groups import GroupOptions
 from .plan import Plan, Segment
 from .rule import Rule
 from .state import init_state
 from .tables import DeviceTables
+from .upload import capturing
 from .warmup import compile_variants
 
 _LAUNCHER = launch.Launcher()
@@ -45,6 +47,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._handle = compiled.handle_of(self)
         self._tables: list[DeviceTables] = []
         self._eager: list[EagerStep] = []
+        self._written: list[Tensor] = []
+        self._captures: list[tuple[Plan, list[DeviceTables]]] = []
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
 
@@ -78,12 +82,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: DistributedDataParallel put a gradient of `flatten_(grads=True)` into a bucket of its own.
         """
         if flatten.has_gradients:
-            flatten.zero_grad([p for group in self.param_groups for p in group["params"]], set_to_none)
+            with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
+                flatten.zero_grad([p for group in self.param_groups for p in group["params"]], set_to_none)
         else:
             super().zero_grad(set_to_none)
 
     def _step(self, grads: list[Tensor] | None = None) -> None:
         """One step; ``grads`` stand in for the gradients of the parameters that have one, in their order."""
+        if capturing():
+            self._capture(grads)
+            return
         plan, changed = self._plan, None
         if plan is not None and plan.refresh(self):
             changed = plan.changed_groups(self)
@@ -92,6 +100,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         elif changed:
             for part in (*self._tables, *self._eager):
                 part.set_hypers(changed)
+        self._run(plan, grads)
+
+    def _run(self, plan: Plan, grads: list[Tensor] | None) -> None:
         if grads is not None:
             plan.replace_gradients(grads)
         plan.pack()
@@ -102,14 +113,36 @@ class FusedOptimizer(torch.optim.Optimizer):
             part.run(plan.grads)
         plan.unpack()
 
+    def _capture(self, grads: list[Tensor] | None) -> None:
+        """A step that goes into a CUDA graph, with tables of its own that live as long as the optimizer.
+
+        A replay reads the addresses that were captured, whatever later steps upload or rebuild.
+        """
+        self._forget_plan()
+        plan = self._build()
+        if self._eager:
+            raise RuntimeError("only Triton kernels can be captured in a CUDA graph: eager twins read from the device")
+        if any(group.on_host for group in plan.groups):
+            raise RuntimeError(
+                "a hyper-parameter is a CPU tensor, whose changes a captured CUDA graph would not see; "
+                "make it a tensor on the GPU, or a float to keep its value in the graph"
+            )
+        self._captures.append((plan, self._tables))
+        self._run(plan, grads)
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        """Drop the plan and everything it holds: state, packed parameters, device tables."""
+        self._plan, self._tables, self._eager = None, [], []
+        self._written: list[Tensor] = []
+
     def _build(self) -> Plan:
         """A new plan from what is there now, and its parts by device."""
-        self._plan = None
+        self._forget_plan()
         plan = Plan(self)
         devices: dict[torch.device, list[Segment]] = {}
         for segment in plan.segments:
             devices.setdefault(segment.weight.device, []).append(segment)
-        self._tables, self._eager = [], []
         for device, segments in devices.items():
             if self._runs_kernels(device):
                 tables = DeviceTables(self.rule, segments, plan.groups, self._launcher)
@@ -118,6 +151,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             else:
                 self._eager.append(EagerStep(self.rule, segments, plan.groups))
         self._plan = plan
+        if any(map(buffers.is_placed, plan.params)):
+            self._written = flatten.bases(plan.params)
         return plan
 
     def _runs_kernels(self, device: torch.device) -> bool:
@@ -126,12 +161,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "backend='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 in the environment "
                 "before Python starts, move the parameters to a GPU, or use backend='eager'"
             )
-        return self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
+        kernels = self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
+        if kernels and device.type == "cuda" and numerics.INTERPRETED:
+            raise RuntimeError(
+                "kernels run in the interpreter (TRITON_INTERPRET=1), which cannot read GPU memory: unset the variable "
+                "before Python starts, move the parameters to the CPU, or use backend='eager'"
+            )
+        return kernels
 
     # --------------------------------------------------------------------------------------------------- state
     def materialize_state(self) -> None:
         """Create the state of every parameter that requires a gradient, without stepping."""
-        plan_groups = [_options(self, group) for group in self.param_groups]
+        plan_groups = [GroupOptions(self.rule, group) for group in self.param_groups]
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
@@ -143,7 +184,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     state[key] = value.to(device)
-        self._plan = None
+        self._forget_plan()
         return self
 
     def warmup(self) -> tuple[int, float]:
@@ -169,13 +210,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._tables, self._eager = None, [], []
+        self._forget_plan()
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_captures", [])
         self._handle = compiled.handle_of(self)
         checkpoint.restore(self)
-
-
-def _options(optimizer: FusedOptimizer, group: dict[str, Any]) -> Any:
-    from .plan import GroupOptions
-
-    return GroupOptions(optimizer.rule, group)

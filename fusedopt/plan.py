@@ -6,8 +6,7 @@ no longer holds is built anew. Gradient addresses are the one thing that may cha
 """
 
 from collections.abc import Sequence
-from copy import copy
-from itertools import chain
+from itertools import chain, pairwise
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .rule import Rule, Slot
-from .state import init_state
+from .groups import GroupOptions
+from .rule import Slot
+from .state import COMPLEX_TYPES, REAL_TYPES, drop_counters, init_state
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -52,48 +52,6 @@ class Segment:
         return self.weight.numel() * (2 if self.weight.is_complex() else 1)
 
 
-class GroupOptions:
-    """What the plan needs to know of one parameter group, and whether it still holds."""
-
-    def __init__(self, rule: Rule, group: dict[str, Any]) -> None:
-        self.keys = [key for key in group if key != "params"]
-        self._pick = itemgetter(*self.keys)
-        self.values: tuple[Any, ...] = self._pick(group)
-        self.hypers = rule.hypers(group)
-        self.tensors = [h for h in self.hypers if isinstance(h, Tensor)]
-        self.addresses = [t.data_ptr() for t in self.tensors]
-        self.variant = rule.variant(group)
-        self.slots = rule.slots(group)
-        self.decoupled = rule.decoupled(group)
-        self.maximize = bool(group.get("maximize", False))
-        self.options: dict[str, Any] = dict(group.get("fusedopt", {}))
-        # what may change without becoming another object: numbers in CPU memory (a GPU's plan has copies), containers
-        self.on_host = [(t, t.item()) for t in self.tensors if t.device.type == "cpu"]
-        used = ("fusedopt", *(key.partition(".")[0] for key in rule.hyper))
-        self.containers = [(v, copy(v)) for key in used if isinstance(v := group.get(key), list | dict)]
-
-    def unchanged(self, group: dict[str, Any]) -> bool:
-        """Every option is the same object as before, holding what it held; tensor options are where they were."""
-        if len(group) != len(self.keys) + 1:
-            return False
-        try:
-            values = self._pick(group)
-        except KeyError:
-            return False
-        return (
-            all(map(is_, values, self.values))
-            and [t.data_ptr() for t in self.tensors] == self.addresses
-            and all(t.item() == was for t, was in self.on_host)
-            and all(v == was for v, was in self.containers)
-        )
-
-    def same_structure(self, other: "GroupOptions") -> bool:
-        """Only numbers differ: no other kernels, no other state."""
-        return (self.variant, self.slots, self.decoupled, self.maximize, self.options) == (
-            other.variant, other.slots, other.decoupled, other.maximize, other.options,
-        )  # fmt: skip
-
-
 class Plan:
     """The segments of one step over all parameters that have a gradient."""
 
@@ -112,13 +70,14 @@ class Plan:
                     self.segments.append(Segment(p, index, len(self.segments)))
         for segment in self.segments:
             init_state(optimizer, segment, self.groups[segment.group])
+        drop_counters(optimizer)
         self.params = [s.param for s in self.segments]
         self.dtypes = list(map(_dtype, self.params))
         self.shapes = list(map(_shape, self.params))
         self.strides = list(map(_stride, self.params))
         self.addresses = list(map(_address, self.params))
         _check_distinct(self.params, self.addresses)
-        self.states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        self.states = _state_values(optimizer)
         self.state_tensors = [v for v in self.states if isinstance(v, Tensor)]
         self.state_addresses = list(map(_address, self.state_tensors))
         # strides show every other lazily negated or conjugated gradient
@@ -183,7 +142,7 @@ class Plan:
             or any(layout.needs_resolving(s.param) for s in self.resolvable)
         ):
             return False
-        states = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        states = _state_values(optimizer)
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
             return False
         if list(map(_address, self.state_tensors)) != self.state_addresses:
@@ -209,10 +168,19 @@ class Plan:
             segment.weight.copy_(segment.param.detach())
 
     def unpack(self) -> None:
-        """Copy the buffers back and tell autograd that every parameter changed."""
+        """Copy the buffers back, tell autograd that every parameter changed, and let go of the gradients."""
+        self.grads = []  # else they would live until the next step, beside those of the next backward pass
         for segment in self.packed:
             segment.param.detach().copy_(segment.weight)
         torch.autograd.graph.increment_version(self.params)
+
+
+def _state_values(optimizer: "FusedOptimizer") -> list[Any]:
+    """Everything in the optimizer's state, in order."""
+    try:
+        return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    except TypeError:  # an entry of the user's that is no dict
+        return [v for s in optimizer.state.values() for v in (s.values() if isinstance(s, dict) else (s,))]
 
 
 def _packed(param: Tensor) -> Tensor:
@@ -246,8 +214,16 @@ def _grad_buffer(segment: Segment, grad: Tensor) -> Tensor:
 
 def _check_supported(optimizer: "FusedOptimizer", p: Tensor) -> None:
     name = type(optimizer).__name__
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+    if (grad := p.grad) is not None:
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
+        if grad.device != p.device or grad.shape != p.shape or grad.is_complex() != p.is_complex():
+            raise RuntimeError(
+                f"a gradient of shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device} does not fit its "
+                f"parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}"
+            )
+        if grad.dtype not in (*REAL_TYPES, *COMPLEX_TYPES):
+            raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex gradients, got {grad.dtype}")
     if hasattr(p, "to_local"):
         raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
     if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
@@ -269,6 +245,14 @@ def _check_distinct(params: list[Tensor], addresses: list[int]) -> None:
                 f"{how} in param_groups (shape {tuple(p.shape)}): it would be updated twice at once; list it once"
             )
         seen[address] = p
+    ranges = [(a, a + p.nbytes, p.shape) for p, a in zip(params, addresses, strict=True) if layout.is_dense(p)]
+    ranges.sort(key=itemgetter(0, 1))
+    for (_, end, shape), (start, _, other) in pairwise(r for r in ranges if r[0] < r[1]):
+        if start < end:
+            raise ValueError(
+                f"parameters of shapes {tuple(shape)} and {tuple(other)} in param_groups share memory: their common "
+                "elements would be updated twice at once"
+            )
 
 
 def slot_columns(slots: Sequence[Slot]) -> list[str]:

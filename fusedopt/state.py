@@ -14,10 +14,12 @@ from fusedopt_kernels.param import split16
 
 from . import layout
 from .rule import Slot
+from .upload import capturing
 
 if TYPE_CHECKING:
+    from .groups import GroupOptions
     from .optimizer import FusedOptimizer
-    from .plan import GroupOptions, Segment
+    from .plan import Segment
 
 REAL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX_TYPES = (torch.complex64, torch.complex128)
@@ -30,6 +32,8 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
         state = optimizer.state[p]
     else:
         state = {}
+    if capturing():
+        _check_ready(optimizer, p, state, options)
     fresh = all(state.get(slot.name) is None for slot in options.slots)
     if rule.counts_in_state:
         state["step"] = step_tensor(state.get("step", 0.0), p.device)
@@ -51,6 +55,23 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
             else _fit("param_residual", have, segment.weight, (torch.int16,))
         )
         segment.residual = state["param_residual"]
+
+
+def _check_ready(optimizer: "FusedOptimizer", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
+    """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
+    rule = optimizer.rule
+    needed = [state.get(slot.name) for slot in options.slots]
+    if rule.counts_in_state:
+        needed.append(state.get("step"))
+    elif options.slots:
+        needed.append(optimizer._counters.get(p))
+    if "weights" in options.options:
+        needed.append(state.get("param_residual"))
+    if not all(isinstance(have, Tensor) and have.device == p.device for have in needed):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} has no optimizer state on {p.device} yet, and a CUDA graph that "
+            "made it would make it anew at every replay; step once before the capture"
+        )
 
 
 def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tensor:
@@ -102,3 +123,10 @@ def _hidden_counter(optimizer: "FusedOptimizer", p: Tensor, fresh: bool) -> Tens
         have = torch.tensor(0.0 if fresh else 1.0, dtype=torch.float32, device=p.device)
         optimizer._counters[p] = have
     return have
+
+
+def drop_counters(optimizer: "FusedOptimizer") -> None:
+    """Forget hidden step counts of parameters whose state is gone, so that those can be freed."""
+    gone = [p for p in optimizer._counters if p not in optimizer.state]
+    for p in gone:
+        del optimizer._counters[p]

@@ -19,9 +19,10 @@ from fusedopt_kernels.numerics import REAL_TYPE, compute_type
 from fusedopt_kernels.param import plain, split16
 from fusedopt_kernels.state import wide
 
-from .plan import GroupOptions, Segment
+from .groups import GroupOptions
+from .plan import Segment
 from .rule import Rule
-from .upload import DeviceTable
+from .upload import DeviceTable, capturing, reserve
 
 WEIGHTS: dict[str | None, Any] = {None: plain, "split16": split16}
 """Weight formats by name."""
@@ -52,9 +53,15 @@ class DeviceTables:
         self.hypers = DeviceTable((ng, table.HYPER_WIDTH.value), torch.float64, self.device)
         self.addresses = DeviceTable((ng, table.HYPER_WIDTH.value), torch.int64, self.device)
         self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
+        self._constants: list[DeviceTable] = []
+        self._last_addresses: list[int] = []
+        self._mirrors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._fill_rows()
         self._fill_header(options)
         self.launches = self._launches()
+        if self.device.type == "cuda" and not capturing():
+            tables = (self.rows, self.grads, self.hypers, self.addresses, *self._constants)
+            reserve(sum(t.array.nbytes + 8 for t in tables))
 
     # ------------------------------------------------------------------------------------------------- tables
     def _base_flags(self, segment: Segment) -> int:
@@ -69,6 +76,7 @@ class DeviceTables:
     def _fill_rows(self) -> None:
         rows = self.rows.array
         rows[:] = 0
+        rows[:, table.FLAGS.value] = -1  # not uploaded yet: `set_gradients` fills it in
         chunks = 0
         partials = 0
         for row, s in zip(rows, self.segments, strict=True):
@@ -88,18 +96,29 @@ class DeviceTables:
     def _fill_header(self, options: dict[str, Any]) -> None:
         counts = self.rows.array[:, table.NORM_COUNT.value]
         multi = np.flatnonzero(counts > 1)
-        self.counts = torch.tensor([len(self.segments), len(multi), *multi], dtype=torch.int64, device=self.device)
+        self.counts = self._constant(np.array([len(self.segments), len(multi), *multi], dtype=np.int64))
         header = [0.0] * table.HEADER_WIDTH.value
         header[table.MAX_NORM.value] = float(options.get("max_norm", float("inf")))
         header[table.SKIP_NONFINITE.value] = float(bool(options.get("skip_nonfinite", False)))
         wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in map(_grad_dtype, self.segments))
         header[table.NORM_IS_FP64.value] = float(wide_grad)
-        self.header = torch.tensor(header, dtype=torch.float64, device=self.device)
+        self.header = self._constant(np.array(header))
         partials = max(1, 2 * self.n_partials, self.n_chunks * self.rule.n_norms)
         self.partials = torch.zeros(partials, dtype=torch.float64, device=self.device)
 
+    def _constant(self, values: np.ndarray) -> Tensor:
+        """Values on the device."""
+        constant = DeviceTable(values.shape, torch.from_numpy(values).dtype, self.device)
+        constant.array[...] = values
+        constant.upload()
+        self._constants.append(constant)
+        return constant.tensor
+
     def set_gradients(self, addresses: list[int]) -> None:
         """Take this step's gradient addresses; rows change only when an alignment does."""
+        if addresses == self._last_addresses:
+            return
+        self._last_addresses = addresses
         grads = np.array(addresses, dtype=np.int64)
         if len(grads) != len(self.positions):
             grads = grads[self.positions]
@@ -115,11 +134,21 @@ class DeviceTables:
         """Take the current hyper-parameters of some groups; tensors are read on the device at each step."""
         for index in indices:
             for column, value in enumerate(self.groups[index].hypers):
-                address = _hyper_address(value, self.device)
+                address = _hyper_address(self._here(index, column, value))
                 self.addresses.array[index, column] = address
                 self.hypers.array[index, column] = 0.0 if address else float(value)
         self.hypers.upload()
         self.addresses.upload()
+
+    def _here(self, group: int, column: int, value: Any) -> Any:
+        """A hyper-parameter that kernels can read: a tensor of another GPU gets a copy, renewed at every step."""
+        self._mirrors.pop((group, column), None)
+        if not isinstance(value, Tensor) or value.device == self.device:
+            return value
+        if value.device.type == "cpu":
+            return float(value)
+        self._mirrors[group, column] = (value, value.to(self.device))
+        return self._mirrors[group, column][1]
 
     # ------------------------------------------------------------------------------------------------ launches
     def _launches(self) -> list[tuple[launch.KernelSpec, int, tuple[Tensor, ...]]]:
@@ -143,7 +172,7 @@ class DeviceTables:
             chunks = self._chunk_map(members, table.CHUNK, True)
             if len(chunks):
                 args = (rows, grads, chunks, self.scalars, self.partials)
-                out.extend((spec, len(chunks), args) for spec in self._update_specs(*key))
+                out.extend((spec, len(chunks), args) for spec in self._update_specs(key))
         return out
 
     def _by(self, key: Callable[[Segment], Any]) -> dict[Any, list[int]]:
@@ -164,13 +193,11 @@ class DeviceTables:
             group.decoupled,
         )
 
-    def _update_specs(
-        self, variant: tuple[bool, ...], dtype: torch.dtype, grad: torch.dtype, slots: tuple[torch.dtype, ...],
-        weights: str | None, decoupled: bool,
-    ) -> list[launch.KernelSpec]:  # fmt: skip
-        rule = self.rule
-        common: dict[str, Any] = dict(
-            variant=variant,
+    def _update_specs(self, key: tuple[Any, ...]) -> list[launch.KernelSpec]:
+        """The update kernel of a variant, after the measuring pass if its rule has one."""
+        rule, (structure, dtype, grad, slots, weights, decoupled) = self.rule, key
+        variant = launch.UpdateVariant(
+            structure=structure,
             weight=WEIGHTS[weights].codec(dtype),
             states=tuple(wide.codec(slot) for slot in slots),
             transforms=tuple(t.apply for t in transforms(self.with_norm, decoupled, rule.decay == "own")),
@@ -179,11 +206,10 @@ class DeviceTables:
             n_scalars=rule.n_scalars,
             n_norms=rule.n_norms,
         )
-        specs = [launch.update_spec(rule.name, rule=rule.update, **common)]
-        if rule.n_norms:
-            measure = launch.update_spec(f"{rule.name}_measure", rule=None, measure=rule.measure, **common)
-            specs.insert(0, measure)
-        return specs
+        update = launch.update_spec(rule.name, rule.update, variant)
+        if not rule.n_norms:
+            return [update]
+        return [launch.update_spec(f"{rule.name}_measure", rule.measure, variant, measure=True), update]
 
     def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
         """(segment, chunk) of every program, int32, for the segments of one launch."""
@@ -193,11 +219,21 @@ class DeviceTables:
         first = np.repeat(np.cumsum(counts) - counts, counts)
         pairs = np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
         pairs = pairs[::-1] if last_first else pairs
-        return torch.from_numpy(pairs.copy()).to(self.device)
+        return self._constant(pairs.copy())
+
+    def prepare(self) -> int:
+        """Compile what a step would launch; returns how many kernels were not ready."""
+        prepare = self.launcher.prepare
+        if self.device.type != "cuda":
+            return sum(prepare(spec, args) for spec, _, args in self.launches)
+        with torch.cuda.device(self.device):
+            return sum(prepare(spec, args) for spec, _, args in self.launches)
 
     def run(self) -> None:
         """Launch the step on the current stream of the device."""
         run = self.launcher.run
+        for value, mirror in self._mirrors.values():
+            mirror.copy_(value, non_blocking=True)
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 for spec, grid, args in self.launches:
@@ -225,9 +261,9 @@ def _row_length(t: Tensor) -> int:
     return n // t.shape[0] if t.dim() > 1 and t.shape[0] else n
 
 
-def _hyper_address(value: Any, device: torch.device) -> int:
-    """Tagged address of a hyper-parameter tensor that lives on the device; 0 for what is uploaded as a float."""
-    if not isinstance(value, Tensor) or value.device != device:
+def _hyper_address(value: Any) -> int:
+    """Tagged address of a hyper-parameter tensor that kernels read; 0 for what is uploaded as a float."""
+    if not isinstance(value, Tensor):
         return 0
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"hyper-parameter tensors must be float32 or float64, got {value.dtype}")

@@ -3,6 +3,31 @@
 import numpy as np
 import torch
 
+_reserve = torch.empty(0, dtype=torch.uint8)
+"""Pinned memory for the next capture: pinning memory while a stream is captured fails before torch 2.12."""
+
+
+def capturing() -> bool:
+    """Whether work on the current stream goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def reserve(size: int) -> None:
+    """Keep ``size`` bytes of pinned memory ready for a capture."""
+    global _reserve
+    if _reserve.numel() < size:
+        _reserve = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _take(host: torch.Tensor) -> torch.Tensor:
+    """Pinned memory of the host tensor's shape, from the reserve while it lasts."""
+    global _reserve
+    size = -(-host.nbytes // 8) * 8
+    if _reserve.numel() < size:
+        return torch.empty_like(host, pin_memory=True)
+    taken, _reserve = _reserve[: host.nbytes], _reserve[size:]
+    return taken.view(host.dtype).view(host.shape)
+
 
 class DeviceTable:
     """A host array and its copy on the device.
@@ -36,8 +61,8 @@ class DeviceTable:
         if self.shared:
             return
         host = torch.from_numpy(self.array)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(torch.empty_like(host, pin_memory=True).copy_(host))
+        if capturing():
+            self._captured.append(_take(host).copy_(host))
             self.tensor.copy_(self._captured[-1], non_blocking=True)
             return
         if len(self._stages) < self.STAGES:

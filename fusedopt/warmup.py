@@ -17,10 +17,11 @@ def compile_variants(optimizer: "FusedOptimizer") -> int:
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     if distributed and not first:
         dist.barrier()
-    count = _compile(optimizer)
-    if distributed and first:
-        dist.barrier()
-    return count
+    try:
+        return _compile(optimizer)
+    finally:  # also when it fails: the others wait
+        if distributed and first:
+            dist.barrier()
 
 
 def _compile(optimizer: "FusedOptimizer") -> int:
@@ -31,8 +32,7 @@ def _compile(optimizer: "FusedOptimizer") -> int:
         return 0
     count = 0
     for tables in shadow._tables:
-        for spec, _, args in tables.launches:
-            count += tables.launcher.prepare(spec, args)
+        count += tables.prepare()
     return count
 
 

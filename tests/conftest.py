@@ -51,7 +51,7 @@ hypothesis.settings.register_profile("fusedopt", derandomize=True, deadline=None
 hypothesis.settings.load_profile("fusedopt")
 
 MARKERS = (
-    "gpu: needs a GPU and compiled kernels",
+    "gpu(count=1): needs so many GPUs, and compiled kernels",
     "compiled: compiles off-line; runs without a GPU, but not in the interpreter's process",
     "long: exceeds its share of the 20 minutes; runs with --long (make test-long)",
     "needs(requirement, ...): needs these distributions, such as 'setuptools>=77'",
@@ -93,7 +93,7 @@ def _why_not(item: pytest.Item, run_long: bool) -> str | None:
         return ""
     if ("long" in marks) != run_long:
         return "" if run_long else LONG
-    if "gpu" in marks and not HAS_GPU:
+    if any(torch.cuda.device_count() < (mark.args or (1,))[0] for mark in item.iter_markers("gpu")):
         return NOT_HERE
     if any(_missing(r) for mark in item.iter_markers("needs") for r in mark.args):
         return NOT_HERE

@@ -8,6 +8,7 @@ import torch
 from table import RULES, RuleRow
 from torch._dynamo.utils import counters
 
+import fusedopt
 from fusedopt import layout
 
 pytestmark = [
@@ -81,4 +82,21 @@ def test_gradients_changed_inside_the_graph_are_used(device: str) -> None:
             q.grad = p.grad.clone()
         compiled()
         halve_and_step(plain, qs)
+        assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the compiler gave")  # the first step, which has no plan yet, hands over copies
+def test_flattened_parameters_hand_over_their_buffer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    optimizer, plain, ps, qs = pair(RULES[7], device)
+    fusedopt.flatten_(ps)
+    step = torch.compile(optimizer.step, fullgraph=True)
+    for i in range(4):
+        if i == 2:
+            monkeypatch.setattr(layout, "warn_once", lambda kind, message: pytest.fail(message))
+        for p, q in zip(ps, qs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        step()
+        plain.step()
         assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))

@@ -5,6 +5,7 @@ so a new lr, step count or gradient address compiles nothing. The first launch o
 which returns the compiled kernel; later ones call that directly (about 2 µs of Python instead of 11).
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,29 +47,55 @@ class KernelSpec:
         return {name: POINTERS.get(name, "constexpr") for name in self.fn.arg_names}
 
 
-def update_spec(
-    name: str, rule: Any, variant: tuple[bool, ...], weight: Any, states: Any, transforms: Any, grad: torch.dtype,
-    compute: torch.dtype, n_scalars: int, n_norms: int, measure: Any = None,
-) -> KernelSpec:  # fmt: skip
-    """The update kernel of a variant, or its measuring pass when ``measure`` is given."""
-    types = (numerics.triton_type(grad), weight[2], *(codec[2] for codec in states))
+@dataclass(frozen=True)
+class UpdateVariant:
+    """What selects a variant of the update kernel besides the rule's functions.
+
+    structure: the rule's switches; weight, states: codecs; transforms: gradient transforms in order; grad: gradient
+    dtype; compute: arithmetic; n_scalars, n_norms: how many the rule has.
+    """
+
+    structure: tuple[bool, ...]
+    weight: tuple[Any, ...]
+    states: tuple[tuple[Any, ...], ...]
+    transforms: tuple[Any, ...]
+    grad: torch.dtype
+    compute: torch.dtype
+    n_scalars: int
+    n_norms: int
+
+
+def update_spec(name: str, rule: Any, v: UpdateVariant, measure: bool = False) -> KernelSpec:
+    """The update kernel of a variant around a rule's ``update``, or the measuring pass around its ``measure``."""
+    types = (numerics.triton_type(v.grad), v.weight[2], *(codec[2] for codec in v.states))
     block, tail, warps = launch_shape({t.primitive_bitwidth // 8 for t in types})
     items: tuple[tuple[str, Any], ...] = (
-        ("RULE", rule) if measure is None else ("MEASURE", measure),
-        ("VARIANT", variant),
-        ("WEIGHT", weight),
-        ("STATES", states),
-        ("TRANSFORMS", transforms),
-        ("GRAD", numerics.triton_type(grad)),
-        ("COMPUTE", numerics.triton_type(compute)),
+        ("MEASURE" if measure else "RULE", rule),
+        ("VARIANT", v.structure),
+        ("WEIGHT", v.weight),
+        ("STATES", v.states),
+        ("TRANSFORMS", v.transforms),
+        ("GRAD", numerics.triton_type(v.grad)),
+        ("COMPUTE", numerics.triton_type(v.compute)),
         ("EXACT", True),
-        ("N_SCALARS", n_scalars),
-        ("N_NORMS", n_norms),
+        ("N_SCALARS", v.n_scalars),
+        ("N_NORMS", v.n_norms),
         ("CHUNK", table.CHUNK),
         ("BLOCK", block),
         ("TAIL", tail),
+        ("SOURCES", _sources(v.weight, *v.states, v.transforms)),
     )
-    return KernelSpec(name, step.update_kernel if measure is None else step.measure_kernel, items, warps)
+    return KernelSpec(name, step.measure_kernel if measure else step.update_kernel, items, warps)
+
+
+def _sources(*parts: tuple[Any, ...]) -> str:
+    """Hash of the source of functions inside tuples.
+
+    Triton's cache on disk hashes a function passed as an argument by its source, but one inside a tuple by its name
+    only: without this a kernel compiled from an older version of a codec would be used again.
+    """
+    keys = [part.cache_key for functions in parts for part in functions if hasattr(part, "cache_key")]
+    return hashlib.sha256("-".join(keys).encode()).hexdigest()
 
 
 def norm_spec(grad: torch.dtype) -> KernelSpec:

@@ -113,6 +113,7 @@ def update_kernel(
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
     N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms are appended to the rule's scalars."""
     row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)
@@ -181,6 +182,7 @@ def measure_kernel(
     MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
     N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):  # fmt: skip
     """First pass of a two-pass rule: one partial sum of squares per chunk and norm; nothing else is written."""
     row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)

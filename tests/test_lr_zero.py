@@ -1,0 +1,92 @@
+"""A step with lr = 0 and zero gradients creates state and leaves every weight as it was, bit for bit.
+
+torch.distributed.checkpoint makes such a step to create state. Every rule, option and storage format joins.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from compare import BACKENDS
+from fusedopt_kernels.param import split16
+from table import FORMATS, RULES, RuleRow, private
+
+SWITCHES: dict[str, dict[str, Any]] = {"none": {}, **FORMATS, "all": {k: v for f in FORMATS.values() for k, v in f.items()}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "decay": dict(weight_decay=0.1),
+    "maximize": dict(maximize=True),
+    "decay and maximize": dict(weight_decay=0.1, maximize=True),
+}
+
+
+def delicate(dtype: torch.dtype, device: str, largest: float) -> torch.Tensor:
+    """Values whose bits are easily lost: zeros of both signs, subnormals, the smallest, the largest, odd roundings."""
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, info.tiny, -info.tiny, info.tiny / 2, info.tiny * info.eps, largest, -largest]
+    values += [1.0, -1.0, 1.0 + info.eps, 1 / 3, -1 / 3, 1e-4, -1e-4]
+    return torch.tensor(values, dtype=torch.float64).to(device, dtype)
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().contiguous().view(torch.uint8)
+
+
+def zero_step(optimizer: Any) -> None:
+    """What torch.distributed.checkpoint does to create state."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if isinstance(group["lr"], torch.Tensor) else 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step(closure=None)
+
+
+def run(row: RuleRow, dtype: torch.dtype, backend: str, device: str, switches: dict[str, Any], **options: Any) -> None:
+    """Two such steps, on state that does not exist and on state that is there."""
+    options = {**row.options, **options}
+    coupled = row.name != "adamw" and options.get("weight_decay", 0) > 0
+    largest = torch.finfo(dtype).max  # as a coupled decay's gradient its square overflows, and inf − inf is nan
+    p = torch.nn.Parameter(delicate(dtype, device, min(largest**0.5, 1e18) if coupled else largest))
+    before = bits(p).clone()
+    optimizer = row.cls([p], **options, backend=backend)
+    if switches:
+        private(optimizer, **switches)
+    split = "weights" in switches
+    for step in (1, 2):
+        zero_step(optimizer)
+        changed = (bits(p) != before).nonzero().flatten().tolist()
+        assert not changed, (p.tolist(), changed)
+        state = optimizer.state[p]
+        if split:
+            assert torch.equal(state["param_residual"], split16.initial_residual(p))
+        expected = {slot.name for slot in row.cls.rule.slots(optimizer.param_groups[0])}
+        expected |= {"step"} if row.name != "sgd" else set()
+        expected |= {"param_residual"} if split else set()
+        assert state.keys() == expected and all(value.isfinite().all() for value in state.values())
+        assert row.name == "sgd" or state["step"] == step
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize("row", RULES, ids=str)
+@pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
+def test_eager(row: RuleRow, switches: str, options: str, device: str) -> None:
+    split = "weights" in SWITCHES[switches]
+    dtypes = (torch.bfloat16,) if split else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for dtype in dtypes:
+        run(row, dtype, "eager", device, SWITCHES[switches], **OPTIONS[options])
+
+
+@pytest.mark.parametrize("switches", ["none", "all"])
+@pytest.mark.parametrize("row", RULES, ids=str)
+@pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
+def test_kernels(row: RuleRow, switches: str, device: str) -> None:
+    """One run each; that kernels and twins agree under every option is test_engine.py's matter."""
+    dtype = torch.bfloat16 if "weights" in SWITCHES[switches] else torch.float32
+    run(row, dtype, "triton", device, SWITCHES[switches], **OPTIONS["decay and maximize"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [RULES[0], RULES[7]], ids=str)
+def test_tensor_lr(row: RuleRow, backend: str, device: str) -> None:
+    run(row, torch.float32, backend, device, {}, lr=torch.tensor(0.1, device=device))
