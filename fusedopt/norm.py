@@ -1,30 +1,51 @@
-"""Gradient norm in eager PyTorch: fp64 sums per gradient, then over gradients in order."""
+"""Gradient norm without kernels: fp64 sums per block, then over blocks in order."""
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import layout
+from .blocks import Lane, Port, Task, Workers, tasks_of
 
 
-def eager_norm(grads: Sequence[Tensor]) -> tuple[float, bool]:
+def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:
+    """Sum of squares in fp64."""
+    if isinstance(x, Tensor):
+        return float(x.double().square().sum())
+    squares = lane.take(torch.float64, len(x))
+    np.multiply(x, x, out=squares, dtype=np.float64)
+    return float(np.add.reduce(squares))
+
+
+def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool]:
     """(L2 norm of all gradients, whether every element is finite).
 
     Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels
     within one ulp.
     """
-    total, finite, wide = 0.0, True, False
-    for grad in grads:
-        x = layout.flat(grad)
-        wide = wide or x.dtype == torch.float64
-        for block in x.split(65536):
-            total += float(block.double().square().sum())
-            finite = finite and bool(torch.isfinite(block).all())
+    flats = [layout.flat(g) for g in grads]
+    wide = any(g.dtype == torch.float64 for g in flats)
+    ports = [Port(g, torch.float64 if g.dtype == torch.float64 else torch.float32) for g in flats]
+    tasks = tasks_of([g.numel() for g in flats])
+    sums: dict[Task, float] = {}
+    finite: dict[Task, bool] = {}
+
+    def block(task: Task, lane: Lane) -> None:
+        index, low, high = task
+        sums[task] = square_sum(ports[index].load(low, high, lane), lane)
+        # squares of fp64 numbers may overflow, so an infinite sum says only that every element has to be looked at
+        finite[task] = math.isfinite(sums[task]) or bool(torch.isfinite(flats[index][low:high]).all())
+
+    workers.run(block, tasks)
+    total = 0.0
+    for task in tasks:
+        total += sums[task]
     norm = math.sqrt(total) if total == total else math.nan
     narrow = float(torch.tensor(norm, dtype=torch.float64).float())
-    return (norm if wide or narrow == math.inf else narrow), finite
+    return (norm if wide or narrow == math.inf else narrow), all(finite.values())
 
 
 def clip_coefficient(norm: float, limit: float) -> float:

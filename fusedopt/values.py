@@ -1,104 +1,195 @@
-"""Blocks of elements for eager twins: ordinary arithmetic, written into a pool of scratch buffers.
+"""Blocks of numbers for eager twins: a twin is written down once and then run over every block.
 
-A twin reads like its kernel (``m + q1 * (g - m)``) and allocates nothing: each result takes a buffer from the pool
-and gives it back when Python drops the last reference. Buffers are a block long, so they stay in cache.
+A twin reads like its kernel (``m + q1 * (g - m)``). It is called with `Values`, which hold no numbers: a `Tape` notes
+what is done to them. The `Program` made of the tape runs that over block after block, one library call an operation,
+in scratch registers that are reused as soon as their value is dead. A result takes the place of the state or parameter
+that it replaces as soon as the old value is not needed any more, so nothing is allocated and nothing copied back.
+
+NumPy does the arithmetic on CPU memory and torch elsewhere. NumPy's add, subtract, multiply, divide and square root
+round once, as IEEE 754 asks; torch's square root on the CPU is a library's with 1 ulp of error, and its calls cost
+two to three times as much.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
+from .blocks import Lane
 
-class Pool:
-    """Scratch buffers of one dtype and device, all as long as the block at hand."""
+NUMPY: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "sqrt": np.sqrt,
+    "maximum": lambda a, b, out: np.maximum(a, b, out=out), "copy": np.positive,
+}  # fmt: skip
+TORCH: dict[str, Callable[..., Any]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "sqrt": torch.sqrt,
+    "maximum": torch.maximum, "copy": lambda x, out: out.copy_(x),
+}  # fmt: skip
+"""Operations by name; each takes its operands and, last or as ``out``, where the result goes."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, block: int) -> None:
-        self.dtype, self.device, self.block = dtype, device, block
-        self._buffers: list[torch.Tensor] = []
-        self._length = 0
-        self._free: list[torch.Tensor] = []
 
-    def set_length(self, n: int) -> None:
-        """Make every buffer n elements long, n ≤ block. No value may be alive."""
-        if n != self._length:
-            self._length = n
-            self._free = [b[:n] for b in self._buffers]
-
-    def take(self) -> torch.Tensor:
-        if self._free:
-            return self._free.pop()
-        self._buffers.append(torch.empty(self.block, dtype=self.dtype, device=self.device))
-        return self._buffers[-1][: self._length]
-
-    def give(self, buffer: torch.Tensor) -> None:
-        self._free.append(buffer)
-
-    def load(self, x: torch.Tensor) -> "Values":
-        """x in the pool's dtype: itself if it has it, else a converted copy."""
-        if x.dtype == self.dtype:
-            return Values(x, self, borrowed=True)
-        return Values(self.take().copy_(x), self)
+def scalar_type(dtype: torch.dtype) -> Any:
+    """NumPy's type of one number: twins compute with scalars in it as kernels do in theirs."""
+    return np.float64 if dtype == torch.float64 else np.float32
 
 
 class Values:
-    """One block of numbers; results of arithmetic live in the pool."""
+    """One block of numbers inside a twin: a place on a tape."""
 
-    __slots__ = ("borrowed", "data", "pool")
+    __slots__ = ("index", "tape")
+    __array_ufunc__ = None  # a NumPy scalar on the left leaves the operation to us
 
-    def __init__(self, data: torch.Tensor, pool: Pool, borrowed: bool = False) -> None:
-        self.data, self.pool, self.borrowed = data, pool, borrowed
-
-    def __del__(self) -> None:
-        if not self.borrowed:
-            self.pool.give(self.data)
-
-    def _apply(self, fn: Any, *operands: Any) -> "Values":
-        pool = self.pool
-        operands = tuple(o.data if isinstance(o, Values) else o for o in operands)
-        return Values(fn(*operands, out=pool.take()), pool)
+    def __init__(self, tape: "Tape", index: int) -> None:
+        self.tape, self.index = tape, index
 
     def __add__(self, other: Any) -> "Values":
-        return self._apply(torch.add, self, other)
+        return self.tape.apply("add", self, other)
 
     def __radd__(self, other: Any) -> "Values":
-        return self._apply(torch.add, self, other)
+        return self.tape.apply("add", other, self)
 
     def __sub__(self, other: Any) -> "Values":
-        return self._apply(torch.sub, self, other)
+        return self.tape.apply("sub", self, other)
 
-    def __rsub__(self, other: float) -> "Values":
-        # torch.rsub has no out=; a 0-dim operand of the same dtype gives other − self in one rounding
-        return self._apply(torch.sub, torch.tensor(other, dtype=self.data.dtype, device=self.data.device), self)
+    def __rsub__(self, other: Any) -> "Values":
+        return self.tape.apply("sub", other, self)
 
     def __mul__(self, other: Any) -> "Values":
-        return self._apply(torch.mul, self, other)
+        return self.tape.apply("mul", self, other)
 
     def __rmul__(self, other: Any) -> "Values":
-        return self._apply(torch.mul, self, other)
+        return self.tape.apply("mul", other, self)
 
     def __truediv__(self, other: Any) -> "Values":
-        return self._apply(torch.div, self, other)
+        return self.tape.apply("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> "Values":
+        return self.tape.apply("div", other, self)
 
 
-def div_eager(a: Values, b: Values) -> Values:
-    """a / b, correctly rounded."""
+class Tape:
+    """What a twin does, in order: inputs, numbers and element-wise operations on them."""
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        """Blocks that every run brings along; they are ``Values(tape, 0)`` and so on."""
+        self.numbers: list[Any] = []
+        self.steps: list[tuple[str, tuple[int, ...]]] = []
+
+    def apply(self, name: str, *operands: Any) -> Values:
+        """The result of an operation on values and numbers. Values are ≥ 0, numbers stand as −1, −2, …"""
+        places = tuple(o.index if isinstance(o, Values) else self._number(o) for o in operands)
+        self.steps.append((name, places))
+        return Values(self, self.inputs + len(self.steps) - 1)
+
+    def _number(self, x: Any) -> int:
+        self.numbers.append(x)
+        return -len(self.numbers)
+
+    def program(self, results: Sequence[tuple[Values, Values]], dtype: torch.dtype, device: torch.device) -> "Program":
+        """Make it runnable; ``results`` are pairs (value, input whose place it takes)."""
+        pairs = []
+        for value, target in results:
+            if value.index != target.index:
+                pairs.append((self.apply("copy", value) if value.index < self.inputs else value, target))
+        layout = _layout(self.inputs, tuple(self.steps), tuple((v.index, t.index) for v, t in pairs))
+        return Program(layout, self.numbers, dtype, device)
+
+
+class Program:
+    """A twin ready to run over blocks of a dtype on a device."""
+
+    def __init__(self, layout: Any, numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> None:
+        self.registers, code = layout
+        self.dtype = dtype
+        self._on_cpu = device.type == "cpu"
+        library = NUMPY if self._on_cpu else TORCH
+        self._code = [(library[name], pick) for name, pick in code]
+        make: Any = partial(np.array, dtype=scalar_type(dtype)) if self._on_cpu else partial(torch.tensor, dtype=dtype)
+        self._constants = [make(float(x)) for x in reversed(numbers)]
+
+    def run(self, inputs: Sequence[Any], lane: Lane) -> None:
+        """Run over one block: inputs as the tape has them, results in their places."""
+        n = len(inputs[0])
+        frame = [*inputs, *(lane.take(self.dtype, n) for _ in range(self.registers)), *self._constants]
+        if self._on_cpu:
+            for fn, pick in self._code:
+                fn(*pick(frame))
+        else:
+            for fn, pick in self._code:
+                *operands, out = pick(frame)
+                fn(*operands, out=out)
+
+
+_layouts: dict[Any, Any] = {}
+
+
+def _layout(inputs: int, steps: tuple[Any, ...], pairs: tuple[tuple[int, int], ...]) -> Any:
+    """(registers, [(operation, places of operands and result)]) of a tape; found once for each shape of tape.
+
+    A frame is inputs, registers, numbers in reverse; so a number keeps its negative index.
+    """
+    key = (inputs, steps, pairs)
+    if key not in _layouts:
+        _layouts[key] = _allocate(inputs, steps, pairs)
+    return _layouts[key]
+
+
+def _allocate(inputs: int, steps: tuple[Any, ...], pairs: tuple[tuple[int, int], ...]) -> Any:
+    wanted = _needed(inputs, steps, {value for value, _ in pairs})
+    last = {place: i for i in wanted for place in steps[i][1]}
+    home: dict[int, int] = {}
+    left: list[tuple[int, int]] = []
+    for value, target in pairs:
+        if value not in home and last.get(target, -1) <= value - inputs:
+            home[value] = target
+        else:
+            left.append((value, target))
+    forever = set(home) | {value for value, _ in left} | set(range(inputs))
+    code: list[tuple[str, Any]] = []
+    free: list[int] = []
+    registers = 0
+    for i in wanted:
+        name, places = steps[i]
+        operands = [home.get(place, place) for place in places]
+        free.extend({home[p] for p in places if p >= inputs and p not in forever and last[p] == i})
+        value = inputs + i
+        if value not in home:
+            if not free:
+                free.append(inputs + registers)
+                registers += 1
+            home[value] = free.pop()
+        code.append((name, itemgetter(*operands, home[value])))
+    code.extend(("copy", itemgetter(home[value], target)) for value, target in left)
+    return registers, code
+
+
+def _needed(inputs: int, steps: tuple[Any, ...], values: set[int]) -> list[int]:
+    """Steps that the values depend on, in order."""
+    needed = set(values)
+    for i in reversed(range(len(steps))):
+        if inputs + i in needed:
+            needed.update(steps[i][1])
+    return [i for i in range(len(steps)) if inputs + i in needed]
+
+
+def div_eager(a: Any, b: Any) -> Any:
+    """a / b, correctly rounded; values or numbers."""
     return a / b
 
 
-def sqrt_eager(x: Values) -> Values:
-    """Square root, correctly rounded: NumPy's on the CPU, because torch's there is a library's with 1 ulp of error."""
-    if x.data.device.type != "cpu":
-        return x._apply(torch.sqrt, x)
-    out = x.pool.take()
-    np.sqrt(x.data.numpy(), out=out.numpy())
-    return Values(out, x.pool)
+def sqrt_eager(x: Any) -> Any:
+    """Square root, correctly rounded; values or numbers."""
+    return x.tape.apply("sqrt", x) if isinstance(x, Values) else np.sqrt(x)
 
 
 def maximum_eager(a: Values, b: Values) -> Values:
     """Larger of a and b; NaN if either is NaN."""
-    return a._apply(torch.maximum, a, b)
+    return a.tape.apply("maximum", a, b)
 
 
 def sqrt_scalar(x: float) -> float:

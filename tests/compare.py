@@ -27,7 +27,13 @@ def uniform(shapes: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype, 
     made = []
     for shape in shapes:
         real = torch.randint(-128, 129, (*shape, 2), generator=generator).double() / 128
-        made.append((torch.view_as_complex(real) if dtype.is_complex else real[..., 0].clone(memory_format=torch.contiguous_format)).to(device, dtype))
+        made.append(
+            (
+                torch.view_as_complex(real)
+                if dtype.is_complex
+                else real[..., 0].clone(memory_format=torch.contiguous_format)
+            ).to(device, dtype)
+        )
     return made
 
 

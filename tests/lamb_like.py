@@ -58,12 +58,9 @@ def update(g, p, state, s, VARIANT: tl.constexpr, EXACT: tl.constexpr):
 
 
 def update_eager(g, p, state, s, VARIANT):
-    import torch
-
     d, new = direction_eager(g, p, state, s)
-    number = torch.tensor(s, dtype=d.data.dtype)
-    ratio = number[4] / number[5] if s[4] > 0.0 and s[5] > 0.0 else number[0] * 0.0 + 1.0
-    return float(number[0] * ratio) * d, new
+    ratio = div_eager(s[4], s[5]) if s[4] > 0.0 and s[5] > 0.0 else 1.0
+    return (s[0] * ratio) * d, new
 
 
 RULE = Rule(

@@ -68,7 +68,9 @@ def test_adamw_stays_decoupled_whatever_is_loaded(device: str) -> None:
                 optimizer.load_state_dict(copy.deepcopy(state_dict))
                 train([1], optimizer)
                 found.append(optimizer)
-            assert found[0].param_groups[0]["decoupled_weight_decay"] is found[1].param_groups[0]["decoupled_weight_decay"]
+            assert (
+                found[0].param_groups[0]["decoupled_weight_decay"] is found[1].param_groups[0]["decoupled_weight_decay"]
+            )
             assert_close(*found, 1)
 
 

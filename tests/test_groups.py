@@ -125,8 +125,8 @@ def test_an_optimizer_per_parameter_in_the_backward_pass(row: RuleRow, device: s
     optimizers = {p: row.cls([p], **row.options) for p in released.parameters()}
 
     def release(p: torch.Tensor) -> None:
-        optimizers[p].step()  # pyright: ignore[reportArgumentType]
-        optimizers[p].zero_grad()  # pyright: ignore[reportArgumentType]
+        optimizers[p].step()  # pyright: ignore[reportArgumentType]  # the hook gets a plain Tensor
+        optimizers[p].zero_grad()  # pyright: ignore[reportArgumentType]  # as above
 
     for p in released.parameters():
         p.register_post_accumulate_grad_hook(release)

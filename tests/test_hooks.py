@@ -150,7 +150,7 @@ class Wrapper(torch.optim.Optimizer):
         self.__class__ = type("Wrapped" + type(optimizer).__name__, (type(self), type(optimizer)), {})
         self._wrapped = optimizer
 
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares overloads
         return self._wrapped.step(closure)
 
 

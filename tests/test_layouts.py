@@ -138,7 +138,9 @@ def test_the_usual_layouts_together_equal_torch(row: RuleRow, backend: str, devi
 @pytest.mark.parametrize("row", THREE, ids=str)
 def test_expanded_and_one_element_gradients(row: RuleRow, backend: str, device: str) -> None:
     """A gradient whose elements share memory, one whose size-1 dimensions have odd strides, one lazily negated."""
-    ps, qs = ([torch.nn.Parameter(v) for v in uniform([(3, 4), (1, 3), ()], device, torch.float32, 0)] for _ in range(2))
+    ps, qs = (
+        [torch.nn.Parameter(v) for v in uniform([(3, 4), (1, 3), ()], device, torch.float32, 0)] for _ in range(2)
+    )
     ours = row.cls(ps, **row.options, backend=backend)
     plain = row.cls(qs, **row.options, backend="eager")
     for scale in (1.0, -2.0):
@@ -179,6 +181,7 @@ def test_gradients_of_another_dtype(row: RuleRow, backend: str, device: str) -> 
     for p, (_, dtype) in zip(ps, pairs, strict=True):
         p.grad_dtype = dtype  # pyright: ignore[reportAttributeAccessIssue] # newer than the stubs
     for q, (dtype, _) in zip(qs, pairs, strict=True):
+        # torch has no annotation for it
         q.grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     ours, plain = row.cls(ps, **row.options, backend=backend), row.cls(qs, **row.options, backend="eager")
     for step in range(2):

@@ -3,6 +3,7 @@
 torch.distributed.checkpoint makes such a step to create state. Every rule, option and storage format joins.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from compare import BACKENDS
 from fusedopt_kernels.param import split16
 from table import FORMATS, RULES, RuleRow, private
 
-SWITCHES: dict[str, dict[str, Any]] = {"none": {}, **FORMATS, "all": {k: v for f in FORMATS.values() for k, v in f.items()}}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    **FORMATS,
+    "all": {k: v for f in FORMATS.values() for k, v in f.items()},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "decay": dict(weight_decay=0.1),
@@ -24,6 +29,7 @@ def delicate(dtype: torch.dtype, device: str, largest: float) -> torch.Tensor:
     """Values whose bits are easily lost: zeros of both signs, subnormals, the smallest, the largest, odd roundings."""
     info = torch.finfo(dtype)
     values = [0.0, -0.0, info.tiny, -info.tiny, info.tiny / 2, info.tiny * info.eps, largest, -largest]
+    values += [math.inf, -math.inf] if largest == info.max else []
     values += [1.0, -1.0, 1.0 + info.eps, 1 / 3, -1 / 3, 1e-4, -1e-4]
     return torch.tensor(values, dtype=torch.float64).to(device, dtype)
 

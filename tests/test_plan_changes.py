@@ -44,7 +44,7 @@ def in_place_other_strides(optimizer: Any) -> None:
 def new_gradient(make: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     def change(optimizer: Any) -> None:
         p = params_of(optimizer)[0]
-        p.grad = make(p.grad)  # pyright: ignore[reportArgumentType]
+        p.grad = make(p.grad)  # pyright: ignore[reportArgumentType]  # it is set above
 
     return change
 

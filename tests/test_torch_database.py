@@ -39,5 +39,3 @@ def test_error_inputs_of_torchs_own_tests(name: str) -> None:
         params = [torch.ones(1)] if bad.params is None else bad.params
         with pytest.raises(given.error_type, match=given.error_regex):  # warnings are errors in these tests
             getattr(fusedopt, name)(params, **bad.kwargs)
-
-

@@ -27,7 +27,9 @@ def test_signature_is_torchs_plus_backend(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_groups_and_printed_form_are_torchs(name: str, device: str) -> None:
-    ours, theirs = (cls([{"params": parameters(device)}, {"params": parameters(device), "lr": 1}]) for cls in classes(name))
+    ours, theirs = (
+        cls([{"params": parameters(device)}, {"params": parameters(device), "lr": 1}]) for cls in classes(name)
+    )
     assert ours.defaults == theirs.defaults and list(ours.defaults) == list(theirs.defaults)
     assert [list(group) for group in ours.param_groups] == [list(group) for group in theirs.param_groups]
     assert ours.state_dict() == theirs.state_dict()

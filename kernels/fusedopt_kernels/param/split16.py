@@ -36,17 +36,31 @@ def codec(dtype: torch.dtype) -> tuple[Any, ...]:
     return (load_split16, store_split16, tl.bfloat16)
 
 
-def join_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The fp32 values held by a bf16 weight and its int16 residual (a new tensor)."""
-    b = (param.view(torch.int16).to(torch.int32) << 16) | (residual.to(torch.int32) & 0xFFFF)
-    return (b - 0x8000).view(torch.float32)
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high) 16 bits of fp32 numbers, as int16 views; memory is little-endian wherever torch and Triton run."""
+    both = x.unsqueeze(-1).view(torch.int16)
+    return both[..., 0], both[..., 1]
+
+
+def join_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The fp32 values held by a bf16 weight and its int16 residual, in ``out`` or a new tensor."""
+    x = torch.empty(param.shape, dtype=torch.float32, device=param.device) if out is None else out
+    low, high = _halves(x)
+    low.copy_(residual)
+    high.copy_(param.view(torch.int16))
+    x.view(torch.int32).sub_(0x8000)
+    return x
 
 
 def split_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor) -> None:
-    """Write fp32 values into a bf16 weight and its int16 residual."""
-    bits = torch.where(x != x, torch.tensor(0x7FC00000, dtype=torch.int32), x.view(torch.int32)) + 0x8000
-    param.view(torch.int16).copy_(bits >> 16)
-    residual.copy_(bits)  # int32 → int16 keeps the low 16 bits
+    """Write fp32 values into a bf16 weight and its int16 residual; x is used up."""
+    bits = x.view(torch.int32)
+    if torch.isnan(x.sum()):  # a cheap test; what it finds is rare
+        bits.masked_fill_(torch.isnan(x), 0x7FC00000)
+    bits.add_(0x8000)
+    low, high = _halves(x)
+    residual.copy_(low)
+    param.view(torch.int16).copy_(high)
 
 
 def initial_residual(param: torch.Tensor) -> torch.Tensor:
