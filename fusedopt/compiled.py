@@ -1,8 +1,9 @@
 """The step under torch.compile: one opaque custom op, so that fullgraph works and lr changes recompile nothing.
 
 The op takes the real tensor lists as mutated arguments (a pointer table would hide the mutation from the compiler)
-and an integer handle; of flattened parameters the list holds the buffers. Hyper-parameters are read when it runs, never when it is traced. A compiler may hand the op
-copies of what it mutates and copy them back afterwards: then the values go through the optimizer's own tensors.
+and an integer handle; of flattened parameters the list holds the buffers. Hyper-parameters are read when it runs,
+never when it is traced. A compiler may hand the op copies of what it mutates and copy them back afterwards: then the
+values go through the optimizer's own tensors.
 """
 
 import itertools

@@ -16,7 +16,8 @@ def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:
     if isinstance(x, Tensor):
         return float(x.double().square().sum())
     squares = lane.take(torch.float64, len(x))
-    np.multiply(x, x, out=squares, dtype=np.float64)
+    np.copyto(squares, x)
+    np.multiply(squares, squares, squares)
     return float(np.add.reduce(squares))
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from fusedopt_kernels import launch
 from lamb_like import LambLike
 from table import DTYPES, FORMATS, RULES, private
 
 from fusedopt.inspect import sass
+from fusedopt_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 

@@ -171,7 +171,7 @@ def test_state_that_does_not_fit_is_refused(bad: torch.Tensor, backend: str, dev
     optimizer = ADAMW.cls(parameters(device, (5,)), backend=backend)
     train([0], optimizer)
     optimizer.state[params_of(optimizer)[0]]["exp_avg"] = bad.to(device)
-    with pytest.raises(RuntimeError, match="'exp_avg' of shape .* does not fit a parameter of shape \\(5,\\)"):
+    with pytest.raises(RuntimeError, match=r"'exp_avg' of shape .* does not fit a parameter of shape \(5,\)"):
         train([1], optimizer)
 
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from fusedopt_kernels import launch
 from table import RULES, RuleRow
 
 import fusedopt
+from fusedopt_kernels import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -101,7 +101,7 @@ def test_warmup_leaves_nothing_to_compile() -> None:
     assert launcher.compiles == 2
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_two_devices_in_one_optimizer() -> None:
     params = [*parameters("cuda:0"), *parameters("cuda:1")]
     plain = parameters("cpu") + parameters("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import THREE, assert_equal, give_gradients, parameters, params_of, train
 from table import RuleRow
-from torch.optim import optimizer as base
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
 
@@ -37,8 +37,8 @@ def counted() -> Iterator[Any]:
             optimizer.register_state_dict_post_hook,
             optimizer.register_load_state_dict_pre_hook,
             optimizer.register_load_state_dict_post_hook,
-            base.register_optimizer_step_pre_hook,
-            base.register_optimizer_step_post_hook,
+            register_optimizer_step_pre_hook,
+            register_optimizer_step_post_hook,
         )
         handles.extend(r(hook(kind)) for r, kind in zip(registrars, KINDS, strict=True))
         return calls
@@ -147,7 +147,8 @@ class Wrapper(torch.optim.Optimizer):
 
     def __init__(self, optimizer: Any) -> None:
         self.__dict__ = {key: value for key, value in optimizer.__dict__.items() if key != "step"}
-        self.__class__ = type("Wrapped" + type(optimizer).__name__, (type(self), type(optimizer)), {})
+        wrapped_class: Any = type("Wrapped" + type(optimizer).__name__, (type(self), type(optimizer)), {})
+        self.__class__ = wrapped_class
         self._wrapped = optimizer
 
     def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares overloads

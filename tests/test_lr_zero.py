@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from compare import BACKENDS
-from fusedopt_kernels.param import split16
 from table import FORMATS, RULES, RuleRow, private
+
+from fusedopt_kernels.param import split16
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "none": {},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import BACKENDS, THREE, assert_close, assert_equal, contents, give_gradients, parameters, params_of, train
+from compare import BACKENDS, THREE, assert_close, assert_equal, contents, give_gradients, parameters, train
 from table import RULES, RuleRow
 
 import fusedopt
@@ -115,6 +115,7 @@ def test_per_group_overrides(row: RuleRow, backend: str, device: str) -> None:
         numbers += [dict(momentum=0.5, dampening=0.25), dict(momentum=0.0), dict(nesterov=True)]
     else:
         numbers += [dict(betas=(0.5, 0.75), eps=0.1), dict(amsgrad=not row.options.get("amsgrad", False))]
+        numbers += [dict(decoupled_weight_decay=row.name == "adam", weight_decay=0.2)]
 
     def groups() -> list[dict[str, Any]]:
         return [{"params": parameters(device, (2, 2), (3,), seed=i), **options} for i, options in enumerate(numbers)]
@@ -134,7 +135,9 @@ def test_tensor_hypers_changed_in_place_are_read_at_every_step(
     """Against the same numbers as floats (binary fractions), bit for bit."""
     floats = dict(row.options, lr=0.125)
     tensors = dict(row.options, lr=torch.tensor([0.125], dtype=kind, device=device))
-    if row.name != "sgd":
+    if row.name == "sgd":
+        floats["weight_decay"], tensors["weight_decay"] = 0.25, torch.tensor(0.25, dtype=kind, device=device)
+    else:
         floats["betas"] = (0.5, 0.75)
         tensors["betas"] = tuple(torch.tensor(b, dtype=kind, device=device) for b in (0.5, 0.75))
     a, b = row.cls(parameters(device), **floats), row.cls(parameters(device), **tensors, backend=backend)
@@ -144,7 +147,10 @@ def test_tensor_hypers_changed_in_place_are_read_at_every_step(
         train([step], a, b)
         a.param_groups[0]["lr"] = lr
         live["lr"].fill_(lr)
-        if row.name != "sgd":
+        if row.name == "sgd":
+            a.param_groups[0]["weight_decay"] = 0.5
+            live["weight_decay"].fill_(0.5)
+        else:
             a.param_groups[0]["betas"] = (0.75, 0.5)
             live["betas"][0].fill_(0.75)
             live["betas"][1].fill_(0.5)
@@ -192,3 +198,17 @@ def test_zero_grad_both_ways(flags: dict[str, Any], device: str) -> None:
     before = [p.detach().clone() for p in params]
     assert optimizer.step() is None
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_counts_follow_the_default_dtype(backend: str, device: str) -> None:
+    """As in torch's for-loop: fp64 counts under a float64 default, and they stay so."""
+    ours = fusedopt.AdamW(parameters(device, dtype=torch.float64), backend=backend)
+    theirs = torch.optim.AdamW(parameters(device, dtype=torch.float64), foreach=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(range(2), ours, theirs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (_, state), (_, other) in zip(contents(ours), contents(theirs), strict=True):
+        assert state["step"].dtype == other["step"].dtype == torch.float64 and state["step"] == 2

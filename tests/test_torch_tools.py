@@ -131,7 +131,8 @@ def test_distributed_state_dict(row: RuleRow, steps: int, device: str) -> None:
     theirs = row.torch_cls(theirs_model.parameters(), **options)
     train(range(steps), ours, theirs)
     before = [p.detach().clone() for p in params_of(ours)]
-    found, expected = get_optimizer_state_dict(source, ours), get_optimizer_state_dict(theirs_model, theirs)
+    found: Any = get_optimizer_state_dict(source, ours)
+    expected: Any = get_optimizer_state_dict(theirs_model, theirs)
     assert all(torch.equal(p, q) for p, q in zip(params_of(ours), before, strict=True))
     assert found["state"].keys() == expected["state"].keys()
     for name, state in expected["state"].items():

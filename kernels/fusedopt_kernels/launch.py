@@ -123,8 +123,8 @@ def launch_shape(widths: set[int]) -> tuple[int, int, int]:
     """(block, tail block, warps) of the update kernel for elements of these sizes in bytes.
 
     Compiled: 8 elements per thread, or 4 for fp64 (registers) and where sizes are mixed (their different vector
-    widths would cost barriers). Chosen from the disassembly; no measurement on hardware decided it yet. Interpreted, a block is a
-    whole chunk: each costs Python time.
+    widths would cost barriers). Chosen from the disassembly; no measurement on hardware decided it yet. Interpreted,
+    a block is a whole chunk: each costs Python time.
     """
     if numerics.INTERPRETED:
         return table.CHUNK, table.CHUNK, 4

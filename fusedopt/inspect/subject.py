@@ -1,0 +1,113 @@
+"""The small problem that stands for a configuration: an optimizer over one parameter per way through its kernels."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt.inspect.errors import BadInput
+from fusedopt.inspect.memory import TABLE, Region
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.rules import RULES
+from fusedopt_kernels import launch, table
+
+TAIL_ELEMENTS = 1003
+"""Neither a multiple of a block nor of a vector."""
+
+CASES: dict[str, tuple[int, int]] = {
+    "full": (table.CHUNK, 0),
+    "unaligned": (table.CHUNK, 1),
+    "tail": (TAIL_ELEMENTS, 0),
+}
+"""Name → (elements, by how many elements the gradient's address is off): an aligned full chunk, a full chunk whose
+gradient is a view at an odd offset, and the end of an aligned tensor."""
+
+COMMAND_OPTIONS = ("arch", "param_dtype", "grad_dtype", "params", "bandwidth", "check", "json")
+"""The command's own options, for whoever misspells one of them."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """rule: name in `fusedopt.rules.RULES`. arguments: of its class. Dtypes are torch's names."""
+
+    rule: str
+    arguments: Mapping[str, Any]
+    param_dtype: str = "float32"
+    grad_dtype: str = "float32"
+
+
+@dataclass
+class Subject:
+    """An optimizer that has a step to take, and its parameters in the order of `CASES`."""
+
+    optimizer: FusedOptimizer
+    params: list[torch.Tensor]
+
+    def regions(self, tables: Sequence[torch.Tensor]) -> list[Region]:
+        """All memory that the step may touch, after the step made it; ``tables`` are the kernels' arguments."""
+        found = {tensor.data_ptr(): Region.of(TABLE, -1, tensor) for tensor in tables}
+        for case, p in enumerate(self.params):
+            assert p.grad is not None
+            tensors = {"param": p, "grad": p.grad, **self.optimizer.state.get(p, {})}
+            for role, tensor in tensors.items():
+                of_table = tensor.numel() == 1  # a step count
+                found[tensor.data_ptr()] = Region.of(TABLE if of_table else role, -1 if of_table else case, tensor)
+        return list(found.values())
+
+
+def build(configuration: Configuration, sizes: Sequence[tuple[int, int]] = tuple(CASES.values())) -> Subject:
+    """Parameters, gradients and the optimizer, with small numbers in them.
+
+    Raises:
+        BadInput: the rule or this torch does not take what the configuration asks for.
+    """
+    dtype, grad_dtype = getattr(torch, configuration.param_dtype), getattr(torch, configuration.grad_dtype)
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for elements, offset in sizes:
+        p = torch.nn.Parameter(torch.randn(elements, generator=generator).to(dtype))
+        if grad_dtype != dtype:
+            if not hasattr(p, "grad_dtype"):
+                raise BadInput(f"torch {torch.__version__} has no gradients of another dtype than the parameter's")
+            p.grad_dtype = grad_dtype
+        p.grad = torch.randn(elements + offset, generator=generator).to(grad_dtype)[offset:]
+        params.append(p)
+    return Subject(make_optimizer(configuration, params), params)
+
+
+def make_optimizer(configuration: Configuration, params: list[torch.Tensor]) -> FusedOptimizer:
+    """The configuration's optimizer on the Triton backend; whatever its class refuses becomes a `BadInput`."""
+    cls = getattr(fusedopt, RULES[configuration.rule])
+    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "backend")]
+    for name in configuration.arguments:
+        if name not in known:
+            close = difflib.get_close_matches(name, (*known, *COMMAND_OPTIONS), n=1)
+            hint = f"did you mean {_flag(close[0])}?" if close else "it takes " + ", ".join(map(_flag, known))
+            raise BadInput(f"{configuration.rule} has no option {_flag(name)}; {hint}")
+    try:
+        return cls(params, **configuration.arguments, backend="triton")
+    except TypeError as error:
+        raise BadInput(f"{configuration.rule}: the value of an option has the wrong type ({error})") from None
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{configuration.rule}: {error}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def record(subject: Subject) -> list[tuple[launch.KernelSpec, int, tuple[torch.Tensor, ...]]]:
+    """The launches of one step as (spec, grid, arguments), none of them carried out."""
+    recorder = launch.Recorder()
+    subject.optimizer._launcher = recorder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a real step would warn of is not the user's concern here
+        subject.optimizer.step()
+    return recorder.record
