@@ -46,7 +46,7 @@ class DeviceTables:
         self.with_norm = "max_norm" in options or "skip_nonfinite" in options
         self.positions = np.array([s.position for s in segments])
         self.base_flags = np.array([self._base_flags(s) for s in segments], dtype=np.int64)
-        self.fixed_aligned = np.array([_aligned(s) for s in segments])
+        self.fixed_misaligned = np.array([not _aligned(s) for s in segments])
         n, ng = len(segments), len(groups)
         self.rows = DeviceTable((n, table.ROW_WIDTH.value), torch.int64, self.device)
         self.grads = DeviceTable((n,), torch.int64, self.device)
@@ -55,6 +55,7 @@ class DeviceTables:
         self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
         self._constants: list[DeviceTable] = []
         self._last_addresses: list[int] = []
+        self._misaligned: np.ndarray | None = None
         self._mirrors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._fill_rows()
         self._fill_header(options)
@@ -119,14 +120,14 @@ class DeviceTables:
         if addresses == self._last_addresses:
             return
         self._last_addresses = addresses
-        grads = np.array(addresses, dtype=np.int64)
+        grads = np.fromiter(addresses, np.int64, len(addresses))
         if len(grads) != len(self.positions):
             grads = grads[self.positions]
-        aligned = self.fixed_aligned & (grads & 15 == 0)
-        flags = self.base_flags | np.where(aligned, table.ALIGNED.value, 0)
-        column = self.rows.array[:, table.FLAGS.value]
-        if not np.array_equal(column, flags):
-            column[:] = flags
+        misaligned = (grads & 15).astype(bool)
+        misaligned |= self.fixed_misaligned
+        if self._misaligned is None or (misaligned != self._misaligned).any():
+            self._misaligned = misaligned
+            self.rows.array[:, table.FLAGS.value] = np.where(misaligned, 0, table.ALIGNED.value) | self.base_flags
             self.rows.upload()
         self.grads.update(grads)
 

@@ -51,7 +51,7 @@ class DeviceTable:
 
     def update(self, values: np.ndarray) -> None:
         """Upload values if they differ from what is there."""
-        if not np.array_equal(self.array, values):
+        if (self.array != values).any():
             self.array[...] = values
             self.upload()
 

@@ -55,7 +55,11 @@ class Model:
 def cases(count: int) -> dict[str, tuple[Model, Any]]:
     """(model, optimizer) of every case, each over parameters of its own."""
     found: dict[str, tuple[Model, Any]] = {}
-    for label, options in ((BASE, {"fused": True}), ("torch foreach AdamW", {"foreach": True})):
+    theirs: tuple[tuple[str, dict[str, Any]], ...] = (
+        (BASE, {"fused": True}),
+        ("torch foreach AdamW", {"foreach": True}),
+    )
+    for label, options in theirs:
         model = Model(count)
         found[label] = model, torch.optim.AdamW(model.params, **options)
     for rule, options in OPTIONS.items():

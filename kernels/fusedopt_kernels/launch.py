@@ -36,6 +36,14 @@ class KernelSpec:
     items: tuple[tuple[str, Any], ...]
     num_warps: int = 4
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Found once: launching looks a spec up at every step."""
+        return hash((self.name, self.fn, self.items, self.num_warps))
+
     @cached_property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments by name."""
