@@ -131,13 +131,21 @@ def test_a_skipped_step_changes_nothing(bad: float, backend: str, device: str) -
         assert all(torch.equal(optimizer.state[p][k], v) for k, v in s.items())
 
 
-def test_squares_that_overflow_fp32_are_not_nonfinite(device: str) -> None:
-    params = parameters(torch.float32, device, [(10,)])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float64, 1e300)])
+@pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
+def test_squares_that_overflow_are_not_nonfinite(dtype: torch.dtype, large: float, device: str) -> None:
+    params = parameters(dtype, device, [(10,), (CHUNK + 3,)])
     optimizer = private(RULES[7].cls(params, backend="triton"), skip_nonfinite=True)
-    params[0].grad = torch.full((10,), 3e38, device=device)
+    for p in params:
+        p.grad = torch.full_like(p, large)
     optimizer.step()
     assert optimizer.state[params[0]]["step"] == 1
-    assert optimizer._tables[0].header[table.NONFINITE.value] == 0.0
+    header = optimizer._tables[0].header
+    assert header[table.NONFINITE.value] == 0.0
+    params[1].grad[-1] = float("inf")
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+    assert header[table.NONFINITE.value] == 1.0
 
 
 def test_norm_bits_do_not_depend_on_grouping(device: str) -> None:
