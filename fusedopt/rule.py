@@ -13,6 +13,8 @@ and the same variable names; the engine does everything else (launches, formats,
     ``(descent, new_state)``; the engine sets ``p ← p − (descent + decay·p)``, rounding once. ``VARIANT`` is the tuple
     of structural switches (`Rule.structure`), ``EXACT`` is handed to ``numerics.div`` and ``numerics.sqrt``; the
     eager twin has no EXACT, its division and root always are.
+    An eager twin is called with placeholders (``values.py``) and written down, so it must not ask what a block
+    holds; its scalars are NumPy numbers of the compute type, which round as the kernel's do.
 ``measure(g, p, state, s, VARIANT, EXACT)``
     Only for rules with per-tensor reductions: a tuple of ``Rule.n_norms`` values whose L2 norms over the whole
     parameter are appended to ``s`` when ``update`` is called.
