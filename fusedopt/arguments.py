@@ -1,8 +1,14 @@
 """Checks of hyper-parameters, with torch.optim's error types and words where torch has them."""
 
+from numbers import Real
 from typing import Any
 
 import torch
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real | torch.Tensor):
+        raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
 
 
 def check_lr(lr: float | torch.Tensor, foreach: bool | None, capturable: bool) -> None:
@@ -12,21 +18,26 @@ def check_lr(lr: float | torch.Tensor, foreach: bool | None, capturable: bool) -
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
+    _check_number("lr", lr)
     if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}; it must be at least 0")
 
 
 def check_nonnegative(name: str, value: float | torch.Tensor) -> None:
     """value ≥ 0 (NaN is refused)."""
+    _check_number(name, value)
     if not value >= 0.0:
         raise ValueError(f"Invalid {name} value: {value}; it must be at least 0")
 
 
 def check_betas(betas: tuple[Any, Any], foreach: bool | None, capturable: bool) -> tuple[Any, Any]:
     """Both in [0, 1), both floats or both one-element tensors; returns them with tensors as 0-dim."""
+    if not isinstance(betas, tuple | list):
+        raise TypeError(f"betas must be a pair (beta1, beta2), got {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"betas must be a pair (beta1, beta2), got {len(betas)} values")
     for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
     kinds = {isinstance(beta, torch.Tensor) for beta in betas}

@@ -1,6 +1,5 @@
 """Compile every variant that a step would use, on one-element stand-ins for the real tensors."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,11 @@ if TYPE_CHECKING:
 def compile_variants(optimizer: "FusedOptimizer") -> int:
     """Number of kernels made ready; see `FusedOptimizer.warmup`."""
     distributed = dist.is_available() and dist.is_initialized()
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first = True
+    if distributed:
+        # documented, but not re-exported for type checkers
+        local_rank: Any = dist.get_node_local_rank  # pyright: ignore[reportPrivateImportUsage]
+        first = local_rank(fallback_rank=dist.get_rank()) == 0
     if distributed and not first:
         dist.barrier()
     try:

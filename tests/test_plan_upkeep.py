@@ -10,6 +10,7 @@ import torch
 from compare import BACKENDS, THREE, assert_close, assert_equal, give_gradients, parameters, params_of, train, uniform
 from table import RULES, RuleRow, private
 
+import fusedopt.plan as plan_module
 from fusedopt_kernels import launch, table
 
 SGD, ADAMW = THREE[0], THREE[2]
@@ -201,3 +202,15 @@ def test_a_plan_keeps_no_parameter_alive_that_left(row: RuleRow, device: str) ->
     train([1], optimizer)
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("guard", [plan_module._guard, plan_module.AttributeGuard])
+def test_both_guards_see_the_same_changes(guard: Any) -> None:
+    """The fast guard is torch-private; the one in Python stands in where it is missing."""
+    tensors = [torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(4, dtype=torch.complex64)]
+    check = guard(tensors).check
+    assert check(*tensors) and check(torch.nn.Parameter(torch.ones(4, 3)), tensors[1])
+    plain = tensors[0].detach()
+    for other in (plain, plain.double(), plain.t(), plain[:2], plain.to_sparse(), torch.nn.Parameter(plain.t())):
+        assert not check(other, tensors[1])
+    assert not check(tensors[0], tensors[1].conj())

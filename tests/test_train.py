@@ -173,6 +173,8 @@ def test_unwritable_folder_is_refused(train: Train) -> None:
     (train.folder / "file").touch()
     assert_refused(train(out="file"), "cannot write to output folder")
     assert_refused(train(out="file/below"), "cannot write to output folder")
+    (train.folder / "run" / "checkpoint.pt").mkdir(parents=True)
+    assert_refused(train("--overwrite"), "cannot delete")
 
 
 def test_several_files_and_literal_arguments(train: Train) -> None:

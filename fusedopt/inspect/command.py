@@ -141,8 +141,8 @@ def _known(what: str, name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise BadInput(f"unknown {what} {name}: {hint}(known: {', '.join(known)})")
+    hint = f": did you mean {close[0]}?" if close else ""
+    raise BadInput(f"unknown {what} {name}{hint} (known: {', '.join(known)})")
 
 
 def _dtype(name: str) -> str:

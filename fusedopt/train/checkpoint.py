@@ -79,6 +79,15 @@ def load(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def remove(folder: Path) -> None:
+    """Delete the checkpoint of `folder`, if it has one."""
+    path = folder / FILE_NAME
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot delete {path}: {error.strerror}") from None
+
+
 def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
     """Load one trainer's state; BadInput when the checkpoint of `folder` does not hold what it should."""
     try:

@@ -72,7 +72,7 @@ def run(
         for trainer in trainers.values():
             checkpoint.restore(trainer, saved, folder)
     else:
-        (folder / checkpoint.FILE_NAME).unlink(missing_ok=True)  # before the metrics that it belongs to
+        checkpoint.remove(folder)  # before the metrics that it belongs to
     log = MetricsLog(folder, saved["step"] if saved else -1)
     checkpoint.write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=1).encode() + b"\n")
     try:

@@ -33,8 +33,8 @@ def rule_name(name: str) -> str:
     if name.lower() in RULES:
         return name.lower()
     close = difflib.get_close_matches(name.lower(), RULES, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise BadInput(f"unknown optimizer {name}: {hint}(known: {', '.join(sorted(RULES))})")
+    hint = f": did you mean {close[0]}?" if close else ""
+    raise BadInput(f"unknown optimizer {name}{hint} (known: {', '.join(sorted(RULES))})")
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:

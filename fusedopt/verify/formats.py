@@ -75,6 +75,7 @@ DTYPES = {
         DType("float16", HALF, SINGLE, np.float32, np.float64, (-6.0, 2.5)),
         DType("float64", DOUBLE, DOUBLE, np.float64, np.longdouble, (-12.0, 4.0)),
         DType("complex64", SINGLE, SINGLE, np.float32, np.float64, (-12.0, 4.0), parts=2),
+        DType("complex128", DOUBLE, DOUBLE, np.float64, np.longdouble, (-12.0, 4.0), parts=2),
     )
 }
 """Parameter dtype (torch's name) → how it is verified."""
