@@ -101,21 +101,12 @@ def test_warmup_leaves_nothing_to_compile() -> None:
     assert launcher.compiles == 2
 
 
-def test_gpu_and_cpu_parameters_in_one_optimizer() -> None:
-    params = [*parameters("cuda"), *parameters("cpu")]
-    plain = parameters("cpu") + parameters("cpu")
-    optimizer, reference = fusedopt.AdamW(params), fusedopt.AdamW(plain)
-    for step in range(3):
-        give_gradients(params, plain, seed=step)
-        optimizer.step()
-        reference.step()
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(params, plain, strict=True))
-
-
-@pytest.mark.gpu(2)
-def test_two_devices_in_one_optimizer() -> None:
-    params = [*parameters("cuda:0"), *parameters("cuda:1")]
-    plain = parameters("cpu") + parameters("cpu")
+@pytest.mark.parametrize(
+    "devices", [("cuda", "cpu"), pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.gpu(2))], ids="+".join
+)
+def test_two_devices_in_one_optimizer(devices: tuple[str, str]) -> None:
+    params = [p for device in devices for p in parameters(device)]
+    plain = [p for _ in devices for p in parameters("cpu")]
     optimizer, reference = fusedopt.AdamW(params), fusedopt.AdamW(plain)
     for step in range(3):
         give_gradients(params, plain, seed=step)
