@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .rule import Rule
+from .rule import Rule, lookup
 
 
 class GroupOptions:
@@ -43,6 +43,10 @@ class GroupOptions:
             and all(t.item() == was for t, was in self.on_host)
             and all(v == was for v, was in self.containers)
         )
+
+    def hyper(self, name: str) -> Any:
+        """The group's value of a hyper-parameter, ``"betas.0"`` for an entry of a tuple."""
+        return lookup(dict(zip(self.keys, self.values, strict=True)), name)
 
     def same_structure(self, other: "GroupOptions") -> bool:
         """Only numbers differ: no other kernels, no other state."""

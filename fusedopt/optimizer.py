@@ -45,9 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
-        self._tables: list[DeviceTables] = []
-        self._eager: list[EagerStep] = []
-        self._written: list[Tensor] = []
+        self._forget_plan()
         self._captures: list[tuple[Plan, list[DeviceTables]]] = []
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
@@ -118,7 +116,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A replay reads the addresses that were captured, whatever later steps upload or rebuild.
         """
-        self._forget_plan()
         plan = self._build()
         if self._eager:
             raise RuntimeError("only Triton kernels can be captured in a CUDA graph: eager twins read from the device")
@@ -133,7 +130,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _forget_plan(self) -> None:
         """Drop the plan and everything it holds: state, packed parameters, device tables."""
-        self._plan, self._tables, self._eager = None, [], []
+        self._plan = None
+        self._tables: list[DeviceTables] = []
+        self._eager: list[EagerStep] = []
         self._written: list[Tensor] = []
 
     def _build(self) -> Plan:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
+
 from . import layout
 from .groups import GroupOptions
-from .rule import Slot
-from .state import COMPLEX_TYPES, REAL_TYPES, drop_counters, init_state
+from .state import drop_counters, init_state
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -246,7 +247,7 @@ def _check_supported(optimizer: "FusedOptimizer", p: Tensor) -> None:
                 f"a gradient of shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device} does not fit its "
                 f"parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}"
             )
-        if grad.dtype not in (*REAL_TYPES, *COMPLEX_TYPES):
+        if grad.dtype not in (*FLOAT_TYPES, *REAL_TYPE):
             raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex gradients, got {grad.dtype}")
     if hasattr(p, "to_local"):
         raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
@@ -277,8 +278,3 @@ def _check_distinct(params: list[Tensor], addresses: list[int]) -> None:
                 f"parameters of shapes {tuple(shape)} and {tuple(other)} in param_groups share memory: their common "
                 "elements would be updated twice at once"
             )
-
-
-def slot_columns(slots: Sequence[Slot]) -> list[str]:
-    """Names of the parameter-shaped slots, in the order of the rule's state tuple."""
-    return [slot.name for slot in slots if slot.shape == "param"]

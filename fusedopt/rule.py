@@ -26,6 +26,8 @@ from typing import Any, Literal
 
 import torch
 
+from fusedopt_kernels import table
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -33,8 +35,8 @@ class Slot:
 
     name: torch's key. kind: only ``signed`` and ``nonnegative`` slots may be quantised; ``weight`` slots follow the
     weights' precision. init: ``"zeros"``, ``"param"`` (a copy of the parameter) or a hyper-parameter's name (its
-    value). shape: ``"param"`` (the parameter's) or ``"scalar"`` (0-dim). when: the group key that must be non-zero
-    for the slot to exist, or None.
+    value). shape: ``"param"`` (the parameter's) or ``"scalar"`` (0-dim; refused until kernels read it). when: the
+    group key that must be non-zero for the slot to exist, or None.
     """
 
     name: str
@@ -42,6 +44,10 @@ class Slot:
     init: str = "zeros"
     shape: Literal["param", "scalar"] = "param"
     when: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "scalar" or self.shape == "scalar":
+            raise NotImplementedError(f"slot {self.name!r}: scalar state is part of the contract but not built yet")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,15 @@ class Rule:
     measure: Any = None
     measure_eager: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        for what, have, room in (
+            ("state slots", len(self.state), table.MAX_SLOTS),
+            ("hyper-parameters", len(self.hyper), table.HYPER_WIDTH.value - table.RULE_HYPERS.value),
+            ("scalars", self.n_scalars, table.SCALAR_WIDTH.value - table.RULE_SCALARS.value),
+        ):
+            if have > room:  # the next segment's row would be overwritten
+                raise ValueError(f"rule {self.name!r} has {have} {what}; a row of the segment table holds {room}")
+
     def variant(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
         """Structural switches of a group; a tensor counts as on, since its value may change on the device."""
         return tuple(switched_on(group[key]) for key in self.structure)
@@ -84,7 +99,7 @@ class Rule:
 
     def hypers(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """(lr, weight_decay, *hyper) of a group, as floats or tensors."""
-        return (group["lr"], group.get("weight_decay", 0.0), *(_lookup(group, key) for key in self.hyper))
+        return (group["lr"], group.get("weight_decay", 0.0), *(lookup(group, key) for key in self.hyper))
 
 
 def switched_on(value: Any) -> bool:
@@ -92,6 +107,6 @@ def switched_on(value: Any) -> bool:
     return True if isinstance(value, torch.Tensor) else bool(value)
 
 
-def _lookup(group: Mapping[str, Any], key: str) -> Any:
+def lookup(group: Mapping[str, Any], key: str) -> Any:
     name, _, index = key.partition(".")
     return group[name][int(index)] if index else group[name]

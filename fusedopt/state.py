@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
 from fusedopt_kernels.param import split16
 
 from . import layout
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from .groups import GroupOptions
     from .optimizer import FusedOptimizer
     from .plan import Segment
-
-REAL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-COMPLEX_TYPES = (torch.complex64, torch.complex128)
 
 
 def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupOptions") -> None:
@@ -86,14 +84,15 @@ def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tenso
                 f"state {slot.name!r} takes its parameter's dtype, {dtype}, as torch.optim does: a running average "
                 "of squares gets stuck at that precision; keep parameters in fp32 where you can",
             )
-    source = segment.param.detach() if slot.init == "param" else None
     state = torch.zeros_like(segment.weight.detach(), dtype=dtype, memory_format=torch.preserve_format)
-    return state if source is None else state.copy_(source)
+    if slot.init == "param":
+        return state.copy_(segment.param.detach())
+    return state if slot.init == "zeros" else state.fill_(float(options.hyper(slot.init)))
 
 
 def _fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """State on the parameter's device and in its layout; values and dtype stay. dtypes: () for any of wide.py's."""
-    dtypes = dtypes or (COMPLEX_TYPES if weight.is_complex() else REAL_TYPES)
+    dtypes = dtypes or (tuple(REAL_TYPE) if weight.is_complex() else FLOAT_TYPES)
     if have.shape != weight.shape or have.dtype not in dtypes:
         raise RuntimeError(
             f"optimizer state {name!r} of shape {tuple(have.shape)} and dtype {have.dtype} does not fit a parameter "

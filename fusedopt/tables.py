@@ -55,7 +55,7 @@ class DeviceTables:
         self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
         self._constants: list[DeviceTable] = []
         self._last_addresses: list[int] = []
-        self._misaligned: np.ndarray | None = None
+        self._misaligned: np.ndarray | None = None  # None: the rows were never uploaded
         self._mirrors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._fill_rows()
         self._fill_header(options)
@@ -77,7 +77,6 @@ class DeviceTables:
     def _fill_rows(self) -> None:
         rows = self.rows.array
         rows[:] = 0
-        rows[:, table.FLAGS.value] = -1  # not uploaded yet: `set_gradients` fills it in
         chunks = 0
         partials = 0
         for row, s in zip(rows, self.segments, strict=True):

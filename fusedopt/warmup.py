@@ -1,5 +1,6 @@
 """Compile every variant that a step would use, on one-element stand-ins for the real tensors."""
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +32,7 @@ def _compile(optimizer: "FusedOptimizer") -> int:
     shadow = _shadow(optimizer)
     with torch.no_grad():
         shadow._build()
-    if optimizer.backend == "auto" and not shadow._tables:
-        return 0
-    count = 0
-    for tables in shadow._tables:
-        count += tables.prepare()
-    return count
+    return sum(tables.prepare() for tables in shadow._tables)
 
 
 def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
@@ -51,8 +47,6 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
                 members.append(_stand_in(p))
                 stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1])))
         groups.append({**group, "params": members})
-    from collections import defaultdict
-
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     state.update({p: s for p, s in stand_ins if s})
     shadow.__setstate__(

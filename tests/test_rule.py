@@ -1,0 +1,42 @@
+"""The contract of rules: what a row holds, how state begins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt.rules.adam import RULE
+
+
+@pytest.mark.parametrize(
+    ("init", "value"), [("zeros", 0.0), ("param", 3.0), ("eps", 0.25), ("betas.1", 0.5)], ids=lambda v: str(v)
+)
+def test_slots_begin_as_declared(init: str, value: float) -> None:
+    class Variant(fusedopt.Adam):
+        rule = replace(RULE, state=(fusedopt.Slot("exp_avg", "signed", init=init), *RULE.state[1:]))
+
+    p = torch.nn.Parameter(torch.full((2, 3), 3.0))
+    optimizer = Variant([p], eps=0.25, betas=(0.0, 0.5))
+    optimizer.materialize_state()
+    assert torch.equal(optimizer.state[p]["exp_avg"], torch.full((2, 3), value))
+    assert torch.equal(optimizer.state[p]["exp_avg_sq"], torch.zeros(2, 3))
+
+
+def test_scalar_slots_are_refused_until_kernels_read_them() -> None:
+    with pytest.raises(NotImplementedError, match="'mu_product'"):
+        fusedopt.Slot("mu_product", "scalar", shape="scalar")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(state=RULE.state * 3), "9 state slots.* holds 8"),
+        (dict(hyper=("eps",) * 15), "15 hyper-parameters.* holds 14"),
+        (dict(n_scalars=25), "25 scalars.* holds 24"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_rule_that_would_overflow_a_row_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RULE, **change)  # pyright: ignore[reportArgumentType]  # values of several types
