@@ -10,27 +10,29 @@ compiled and interpreted kernels (``TRITON_INTERPRET``) open.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .rules import RULES
+
 if TYPE_CHECKING:
+    from .custom import Optimizer, make_rule
     from .flatten import flatten_, unflatten_
     from .optimizer import FusedOptimizer
+    from .options import Options
     from .rule import Rule, Slot
     from .rules.adam import Adam
     from .rules.adamw import AdamW
     from .rules.sgd import SGD
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Rule", "Slot", "__version__", "flatten_", "unflatten_"]
+__all__ = [
+    "SGD", "Adam", "AdamW", "FusedOptimizer", "Optimizer", "Options", "Rule", "Slot", "__version__", "flatten_",
+    "make_rule", "unflatten_",
+]  # fmt: skip
 
 _HOMES = {
-    "Adam": ".rules.adam",
-    "AdamW": ".rules.adamw",
-    "FusedOptimizer": ".optimizer",
-    "Rule": ".rule",
-    "SGD": ".rules.sgd",
-    "Slot": ".rule",
-    "flatten_": ".flatten",
-    "unflatten_": ".flatten",
-}
+    "FusedOptimizer": ".optimizer", "Optimizer": ".custom", "Options": ".options", "Rule": ".rule", "Slot": ".rule",
+    "flatten_": ".flatten", "make_rule": ".custom", "unflatten_": ".flatten",
+    **{cls: f".rules.{name}" for name, cls in RULES.items()},
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -6,40 +6,78 @@ from typing import Any
 import torch
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """A number or a tensor."""
     if not isinstance(value, Real | torch.Tensor):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
 
 
-def check_lr(lr: float | torch.Tensor, foreach: bool | None, capturable: bool) -> None:
-    """lr ≥ 0; a tensor has one element and is not combined with ``foreach=True`` unless capturable."""
+def check_lr(
+    lr: float | torch.Tensor, foreach: bool | None = None, capturable: bool = True, positive: bool = False
+) -> None:
+    """lr ≥ 0, or > 0; a tensor has one element and is not combined with ``foreach=True`` unless capturable."""
     if isinstance(lr, torch.Tensor):
         if foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    _check_number("lr", lr)
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}; it must be at least 0")
+    check_number("lr", lr)
+    if not (lr > 0.0 if positive else lr >= 0.0):
+        raise ValueError(f"Invalid learning rate: {lr}; it must be {'above' if positive else 'at least'} 0")
 
 
 def check_nonnegative(name: str, value: float | torch.Tensor) -> None:
     """value ≥ 0 (NaN is refused)."""
-    _check_number(name, value)
+    check_number(name, value)
     if not value >= 0.0:
         raise ValueError(f"Invalid {name} value: {value}; it must be at least 0")
 
 
-def check_betas(betas: tuple[Any, Any], foreach: bool | None, capturable: bool) -> tuple[Any, Any]:
-    """Both in [0, 1), both floats or both one-element tensors; returns them with tensors as 0-dim."""
-    if not isinstance(betas, tuple | list):
-        raise TypeError(f"betas must be a pair (beta1, beta2), got {betas!r}")
-    if len(betas) != 2:
-        raise ValueError(f"betas must be a pair (beta1, beta2), got {len(betas)} values")
+def check_positive(name: str, value: float | torch.Tensor) -> None:
+    """value > 0."""
+    check_number(name, value)
+    if not value > 0.0:
+        raise ValueError(f"Invalid {name} value: {value}; it must be above 0")
+
+
+def check_unit(name: str, value: float | torch.Tensor) -> None:
+    """0 ≤ value ≤ 1."""
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"Invalid {name} value: {value}; it must lie in [0, 1]")
+
+
+def check_pair(name: str, pair: Any, entries: tuple[str, str]) -> None:
+    """Two numbers, in a tuple or list; ``entries`` name them in errors."""
+    if not isinstance(pair, tuple | list):
+        raise TypeError(f"{name} must be a pair ({', '.join(entries)}), got {pair!r}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair ({', '.join(entries)}), got {len(pair)} values")
+    for i, value in enumerate(pair):
+        check_number(f"{name}[{i}]", value)
+
+
+def check_beta_range(betas: tuple[Any, Any]) -> None:
+    """A pair of numbers in [0, 1)."""
+    check_pair("betas", betas, ("beta1", "beta2"))
     for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
+
+
+def check_three_betas(betas: tuple[Any, Any, Any]) -> None:
+    """Three numbers in [0, 1)."""
+    if not isinstance(betas, tuple | list) or len(betas) != 3:
+        raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), got {betas!r}")
+    for i, beta in enumerate(betas):
+        check_number(f"betas[{i}]", beta)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
+
+
+def check_betas(betas: tuple[Any, Any], foreach: bool | None, capturable: bool) -> tuple[Any, Any]:
+    """Both in [0, 1), both floats or both one-element tensors; returns them with tensors as 0-dim."""
+    check_beta_range(betas)
     kinds = {isinstance(beta, torch.Tensor) for beta in betas}
     if len(kinds) != 1 or (kinds == {False} and not all(isinstance(beta, float) for beta in betas)):
         raise ValueError("betas must be either both floats or both Tensors")

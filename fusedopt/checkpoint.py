@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .state import step_tensor
+from .options import FORMAT_VERSION, KEY
+from .state import number_tensor
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
-
-FORMAT_VERSION = 1
-"""Version written into ``param_groups[i]["fusedopt"]["version"]``; older ones stay readable."""
-
-KEY = "fusedopt"
 
 
 class _Raw:
@@ -59,11 +55,11 @@ def restore(optimizer: "FusedOptimizer") -> None:
             state = optimizer.state[p] = _place(state, p)
             optimizer._counters.pop(p, None)
             if isinstance(step := state.get("step"), int | float):
-                state["step"] = step_tensor(step, p.device)
+                state["step"] = number_tensor(step, p.device)
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             group.setdefault(key, value)
-        if optimizer.rule.decay == "decoupled" and "decoupled_weight_decay" in group:
+        if optimizer.rule_of(group).decay == "decoupled" and "decoupled_weight_decay" in group:
             group["decoupled_weight_decay"] = True
 
 

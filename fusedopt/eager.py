@@ -14,7 +14,7 @@ from .norm import clip_coefficient, eager_norm, square_sum
 from .plan import Segment
 from .rule import Rule
 from .tables import transforms
-from .values import Program, Tape, Values, scalar_type
+from .values import Program, Tape, Values, scalar_type, where_eager
 
 Scalars = tuple[Any, ...]
 
@@ -27,7 +27,7 @@ class EagerStep:
         options = groups[segments[0].group].options
         self.max_norm = float(options.get("max_norm", float("inf")))
         self.skip_nonfinite = bool(options.get("skip_nonfinite", False))
-        self.with_norm = "max_norm" in options or "skip_nonfinite" in options
+        self.with_norm = rule.grad_norm or "max_norm" in options or "skip_nonfinite" in options
         lengths = [s.numel for s in segments]
         self.tasks = tasks_of(lengths)
         self.workers = Workers(max(lengths), segments[0].weight.device)
@@ -41,35 +41,35 @@ class EagerStep:
     def run(self, grads: list[Tensor]) -> None:
         """One step over all segments; ``grads`` are those of the whole plan, by segment position."""
         own = [grads[s.position] for s in self.segments]
-        clip = 1.0
-        if self.with_norm:
-            norm, finite = eager_norm(own, self.workers)
-            if not finite and self.skip_nonfinite:
-                return
-            clip = clip_coefficient(norm, self.max_norm)
-        self._scalars.clear()
-        self._programs.clear()
-        ports = [
-            (Port(g, first[0].compute), *first) for g, first in zip(own, self.ports, strict=True)
-        ]  # gradient, parameter, state
-        with np.errstate(all="ignore"):  # scalars may be infinite, as on the device
-            numbers = [self._numbers(s, clip) for s in self.segments]
-            if self.rule.n_norms:
-                norms = self._norms(ports, numbers)
-                numbers = [(e, (*s, *n)) for (e, s), n in zip(numbers, norms, strict=True)]
+        clip, norms = 1.0, [0.0] * len(own)
+        with np.errstate(all="ignore"):  # norms and scalars may be infinite, as on the device
+            if self.with_norm:
+                norm, finite, norms = eager_norm(own, self.workers)
+                if not finite and self.skip_nonfinite:
+                    return
+                clip = clip_coefficient(norm, self.max_norm)
+            self._scalars.clear()
+            self._programs.clear()
+            ports = [
+                (Port(g, first[0].compute), *first) for g, first in zip(own, self.ports, strict=True)
+            ]  # gradient, parameter, state, mask
+            numbers = [self._numbers(s, clip, norm) for s, norm in zip(self.segments, norms, strict=True)]
+            if self.rule.n_norms or any(group.cautious for group in self.groups):
+                numbers = self._measured(ports, numbers)
             programs = [self._program(s, *n) for s, n in zip(self.segments, numbers, strict=True)]
 
         def update(task: Task, lane: Lane) -> None:
             index, low, high = task
             arrays = [port.load(low, high, lane) for port in ports[index]]
             programs[index].run(arrays, lane)
-            for port, array in zip(ports[index][1:], arrays[1:], strict=True):
+            written = 2 + len(self.segments[index].slots)
+            for port, array in zip(ports[index][1:written], arrays[1:written], strict=True):
                 port.store(low, high, array)
 
         self.workers.run(update, self.tasks)
 
     # ------------------------------------------------------------------------------------------------- scalars
-    def _numbers(self, segment: Segment, clip: float) -> tuple[Scalars, Scalars]:
+    def _numbers(self, segment: Segment, clip: float, norm: float) -> tuple[Scalars, Scalars]:
         """Engine scalars (coefficient, l2, decay) and the rule's own in the compute type, after counting this step."""
         t = 1.0
         if segment.counter is not None:
@@ -81,51 +81,89 @@ class EagerStep:
             group = self.groups[segment.group]
             hyper = tuple(float(h) for h in group.hypers)
             l2 = 0.0 if group.decoupled or self.rule.decay == "own" else hyper[1]
-            decay = hyper[0] * hyper[1] if group.decoupled else 0.0
-            known = self._scalars[key] = (clip, l2, decay, *self.rule.scalars_eager(hyper, t))
+            scalars = self._rule_scalars(segment, hyper, t, norm * clip)
+            decay = (*scalars, hyper[0] * hyper[1])[self.rule.n_scalars] if group.decoupled else 0.0
+            known = (clip, l2, decay, *scalars[: self.rule.n_scalars])
+            if not segment.numbers and not self.rule.grad_norm:
+                self._scalars[key] = known
         number = scalar_type(compute_type(segment.weight.dtype))
         values = tuple(map(number, known))
         return values[:3], values[3:]
 
-    def _norms(self, ports: Any, numbers: Sequence[tuple[Scalars, Scalars]]) -> list[Scalars]:
-        """First pass of a two-pass rule: L2 norms over each segment, summed in fp64, block after block."""
-        programs = [self._measure(s, *n) for s, n in zip(self.segments, numbers, strict=True)]
+    def _rule_scalars(self, segment: Segment, hyper: Scalars, t: float, norm: float) -> tuple[float, ...]:
+        """The rule's own scalars; renews the segment's scalar slots."""
+        if not segment.numbers:
+            return self.rule.scalars_eager(hyper, t)
+        state = tuple(x.item() for x in segment.numbers)
+        more = (norm,) if self.rule.grad_norm else ()
+        scalars, new = self.rule.scalars_eager(hyper, t, state, *more)
+        for tensor, value in zip(segment.numbers, new, strict=True):
+            tensor.fill_(value)
+        return scalars
+
+    def _measured(self, ports: Any, numbers: Sequence[tuple[Scalars, Scalars]]) -> list[tuple[Scalars, Scalars]]:
+        """First pass: sums of squares over each segment in fp64, block after block, and what follows from them.
+
+        A two-pass rule gets its norms and the element count; a cautious segment the scale of what agrees.
+        """
+        n_sums = self.rule.n_norms or 1
+        wanted = {i for i, s in enumerate(self.segments) if self.rule.n_norms or self.groups[s.group].cautious}
+        programs = {i: self._measure(self.segments[i], *numbers[i]) for i in wanted}
+        tasks = [task for task in self.tasks if task.index in wanted]
         sums: dict[Task, list[float]] = {}
 
         def measure(task: Task, lane: Lane) -> None:
             index, low, high = task
             arrays = [port.load(low, high, lane) for port in ports[index]]
-            found = [lane.take(ports[index][0].compute, high - low) for _ in range(self.rule.n_norms)]
+            found = [lane.take(ports[index][0].compute, high - low) for _ in range(n_sums)]
             programs[index].run([*arrays, *found], lane)
             sums[task] = [square_sum(x, lane) for x in found]
 
-        self.workers.run(measure, self.tasks)
-        totals = [[0.0] * self.rule.n_norms for _ in self.segments]
-        for task in self.tasks:
+        self.workers.run(measure, tasks)
+        totals = [[0.0] * n_sums for _ in self.segments]
+        for task in tasks:
             totals[task.index] = [a + b for a, b in zip(totals[task.index], sums[task], strict=True)]
-        return [
-            tuple(scalar_type(p[0].compute)(np.sqrt(x)) for x in total) for p, total in zip(ports, totals, strict=True)
-        ]
+        result = list(numbers)
+        for i in wanted:
+            (e, s), n = numbers[i], self.segments[i].numel
+            number = scalar_type(ports[i][0].compute)
+            if self.rule.n_norms:
+                result[i] = e, (*s, *(number(np.sqrt(x)) for x in totals[i]), number(n))
+            else:
+                result[i] = (*e, number(n / (totals[i][0] + 1.0))), s
+        return result
 
     # ------------------------------------------------------------------------------------------------ programs
     def _program(self, segment: Segment, e: Scalars, s: Scalars) -> Program:
         """What the update does to a block; segments with the same scalars share it."""
-        key = (segment.group, segment.weight.dtype, e, s)
+        group = self.groups[segment.group]
+        key = (segment.group, segment.weight.dtype, segment.mask is None, e, s)
         if key not in self._programs:
-            tape, g, p, state = self._tape(segment, e)
-            descent, new = self.rule.update_eager(g, p, state, s, self.groups[segment.group].variant)
+            tape, g, p, state = self._tape(segment, e, extra=segment.mask is not None)
+            descent, new = self.rule.update_eager(g, p, state, s, group.variant)
+            if group.cautious:
+                descent = where_eager(_agrees(descent, g), descent * e[3], 0.0)
             if e[2] != 0.0:
-                descent = descent + e[2] * p
-            results = [*zip(new, state, strict=True), (p - descent, p)]
+                total = descent + e[2] * p
+                descent = where_eager(_agrees(descent, 0.0 - p), descent, total) if group.cautious_decay else total
+            x = p - descent
+            if segment.mask is not None:
+                x = where_eager(Values(tape, 2 + len(state)), x, p)
+            results = [*zip(new, state, strict=True), (x, p)]
             self._programs[key] = tape.program(results, compute_type(segment.weight.dtype), segment.weight.device)
         return self._programs[key]
 
     def _measure(self, segment: Segment, e: Scalars, s: Scalars) -> Program:
-        """What a two-pass rule measures in a block, each in an array of its own."""
-        assert self.rule.measure_eager is not None
-        tape, g, p, state = self._tape(segment, e, extra=self.rule.n_norms)
-        values = self.rule.measure_eager(g, p, state, s, self.groups[segment.group].variant)
-        first = 2 + len(state)
+        """What is measured in a block, each in an array of its own: see `_measured`."""
+        group, n_sums = self.groups[segment.group], self.rule.n_norms or 1
+        masked = segment.mask is not None
+        tape, g, p, state = self._tape(segment, e, extra=n_sums + masked)
+        if self.rule.n_norms:
+            assert self.rule.measure_eager is not None
+            values = self.rule.measure_eager(g, p, state, s, group.variant)
+        else:
+            values = (_agrees(self.rule.update_eager(g, p, state, s, group.variant)[0], g),)
+        first = 2 + len(state) + masked
         results = [(x, Values(tape, first + i)) for i, x in enumerate(values)]
         return tape.program(results, compute_type(segment.weight.dtype), segment.weight.device)
 
@@ -139,7 +177,13 @@ class EagerStep:
         return tape, g, p, tuple(state)
 
 
+def _agrees(a: Any, b: Any) -> Values:
+    """Whether both are non-zero and of one sign."""
+    return a.sign() * b.sign() > 0.0
+
+
 def _ports(segment: Segment) -> list[Port]:
-    """Parameter and state slots."""
+    """Parameter, state slots, and the mask where there is one."""
     compute = compute_type(segment.weight.dtype)
-    return [Port(segment.weight, compute, segment.residual), *(Port(t, compute) for t in segment.slots)]
+    mask = [] if segment.mask is None else [Port(segment.mask, compute)]
+    return [Port(segment.weight, compute, segment.residual), *(Port(t, compute) for t in segment.slots), *mask]

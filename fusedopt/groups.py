@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import options
 from .rule import Rule, lookup
 
 
@@ -13,6 +14,7 @@ class GroupOptions:
     """What the plan needs to know of one parameter group, and whether it still holds."""
 
     def __init__(self, rule: Rule, group: dict[str, Any]) -> None:
+        self.rule = rule
         self.keys = [key for key in group if key != "params"]
         self._pick = itemgetter(*self.keys)
         self.values: tuple[Any, ...] = self._pick(group)
@@ -23,10 +25,13 @@ class GroupOptions:
         self.slots = rule.slots(group)
         self.decoupled = rule.decoupled(group)
         self.maximize = bool(group.get("maximize", False))
-        self.options: dict[str, Any] = dict(group.get("fusedopt", {}))
+        self.options: dict[str, Any] = dict(group.get(options.KEY, {}))
+        options.check(rule, group, self.options)
+        self.cautious = bool(self.options.get("cautious", False))
+        self.cautious_decay = bool(self.options.get("cautious_decay", False))
         # what may change without becoming another object: numbers in CPU memory (a GPU's plan has copies), containers
         self.on_host = [(t, t.item()) for t in self.tensors if t.device.type == "cpu"]
-        used = ("fusedopt", *(key.partition(".")[0] for key in rule.hyper))
+        used = (options.KEY, *(key.partition(".")[0] for key in rule.hyper))
         self.containers = [(v, copy(v)) for key in used if isinstance(v := group.get(key), list | dict)]
 
     def unchanged(self, group: dict[str, Any]) -> bool:
@@ -50,6 +55,7 @@ class GroupOptions:
 
     def same_structure(self, other: "GroupOptions") -> bool:
         """Only numbers differ: no other kernels, no other state."""
-        return (self.variant, self.slots, self.decoupled, self.maximize, self.options) == (
-            other.variant, other.slots, other.decoupled, other.maximize, other.options,
-        )  # fmt: skip
+        return self.rule is other.rule and (
+            (self.variant, self.slots, self.decoupled, self.maximize, self.options)
+            == (other.variant, other.slots, other.decoupled, other.maximize, other.options)
+        )

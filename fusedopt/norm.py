@@ -21,8 +21,8 @@ def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:
     return float(np.add.reduce(squares))
 
 
-def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool]:
-    """(L2 norm of all gradients, whether every element is finite).
+def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool, list[float]]:
+    """(L2 norm of all gradients, whether every element is finite, norm of each gradient).
 
     Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels
     within one ulp.
@@ -41,12 +41,17 @@ def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool]:
         finite[task] = math.isfinite(sums[task]) or bool(torch.isfinite(flats[index][low:high]).all())
 
     workers.run(block, tasks)
-    total = 0.0
+    total, own = 0.0, [0.0] * len(flats)
     for task in tasks:
         total += sums[task]
-    norm = math.sqrt(total) if total == total else math.nan
-    narrow = float(torch.tensor(norm, dtype=torch.float64).float())
-    return (norm if wide or narrow == math.inf else narrow), all(finite.values())
+        own[task.index] += sums[task]
+    return _rounded_root(total, wide), all(finite.values()), [_rounded_root(x, wide) for x in own]
+
+
+def _rounded_root(square: float, wide: bool) -> float:
+    norm = math.sqrt(square) if square == square else math.nan
+    narrow = float(np.float32(norm))
+    return norm if wide or narrow == math.inf else narrow
 
 
 def clip_coefficient(norm: float, limit: float) -> float:

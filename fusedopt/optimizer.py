@@ -2,20 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from fusedopt_kernels import launch, numerics
 
-from . import buffers, checkpoint, compiled, flatten
+from . import buffers, checkpoint, compiled, flatten, options
 from .arguments import check_backend, check_flags
 from .eager import EagerStep
 from .groups import GroupOptions
+from .options import Options
 from .plan import Plan, Segment
 from .rule import Rule
-from .state import init_state
+from .sparse import EagerRows, SparseTables
+from .state import MASK, init_state
 from .tables import DeviceTables
 from .upload import capturing
 from .warmup import compile_variants
@@ -30,9 +32,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     allocated, flattened or cached by object at construction; parameters, groups, gradients and state may be
     replaced between steps.
 
-    backend: ``"auto"`` runs Triton kernels on GPU tensors and eager twins on others; ``"triton"`` insists on kernels
-    (on CPU tensors that needs ``TRITON_INTERPRET=1``); ``"eager"`` runs the twins everywhere (on a GPU each step
-    then reads the step counts back).
+    defaults: the group keys of torch's namesake. chosen: the options that every optimizer here takes, see `Options`;
+    a group may give its own (except backend).
     """
 
     rule: ClassVar[Rule]
@@ -40,15 +41,36 @@ class FusedOptimizer(torch.optim.Optimizer):
     _plan: Plan | None = None
     _launcher: launch.Launcher = _LAUNCHER
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, backend: str = "auto") -> None:
-        check_backend(backend)
-        self.backend = backend
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **chosen: Unpack[Options]) -> None:
+        self.backend = chosen.get("backend", "auto")
+        check_backend(self.backend)
+        self._options = options.given(type(self).__name__, chosen)
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
         self._forget_plan()
         self._captures: list[tuple[Plan, list[DeviceTables]]] = []
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
+
+    def rule_of(self, group: dict[str, Any]) -> Rule:
+        """The rule that updates a group's parameters."""
+        return self.rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options of ours among its keys hold for it alone.
+
+        Raises:
+            ValueError: an option that its rule cannot follow; nothing is added then.
+        """
+        if isinstance(param_group, dict):
+            chosen = options.of_group(param_group, self._options)
+            whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
+            options.check(self.rule_of(whole), whole, chosen)
+            for name in options.DEFAULTS:
+                param_group.pop(name, None)
+            if chosen:
+                param_group[options.KEY] = chosen
+        super().add_param_group(param_group)
 
     # ---------------------------------------------------------------------------------------------------- step
     def _patch_step_function(self) -> None:
@@ -132,23 +154,26 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Drop the plan and everything it holds: state, packed parameters, device tables."""
         self._plan = None
         self._tables: list[DeviceTables] = []
-        self._eager: list[EagerStep] = []
+        self._eager: list[Any] = []
         self._written: list[Tensor] = []
 
     def _build(self) -> Plan:
         """A new plan from what is there now, and its parts by device."""
         self._forget_plan()
         plan = Plan(self)
-        devices: dict[torch.device, list[Segment]] = {}
-        for segment in plan.segments:
-            devices.setdefault(segment.weight.device, []).append(segment)
-        for device, segments in devices.items():
+        parts: dict[tuple[torch.device, Rule, bool], list[Segment]] = {}
+        for segments, is_sparse in ((plan.segments, False), (plan.sparse, True)):
+            for s in segments:
+                parts.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
+        for (device, rule, is_sparse), segments in parts.items():
             if self._runs_kernels(device):
-                tables = DeviceTables(self.rule, segments, plan.groups, self._launcher)
+                kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
+                tables = kind(rule, segments, plan.groups, self._launcher)
                 tables.set_hypers(range(len(plan.groups)))
                 self._tables.append(tables)
             else:
-                self._eager.append(EagerStep(self.rule, segments, plan.groups))
+                step = EagerRows if is_sparse else rule.eager_part or EagerStep
+                self._eager.append(step(rule, segments, plan.groups))
         self._plan = plan
         if any(map(buffers.is_placed, plan.params)):
             self._written = flatten.bases(plan.params)
@@ -171,11 +196,32 @@ class FusedOptimizer(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------------- state
     def materialize_state(self) -> None:
         """Create the state of every parameter that requires a gradient, without stepping."""
-        plan_groups = [GroupOptions(self.rule, group) for group in self.param_groups]
+        plan_groups = [GroupOptions(self.rule_of(group), group) for group in self.param_groups]
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
                     init_state(self, Segment(p, index, 0), plan_groups[index])
+
+    def set_update_mask(self, param: Tensor, mask: Tensor | None) -> None:
+        """Let only some elements of a parameter change; its state follows the whole gradient all the same.
+
+        Args:
+            param: one of the optimizer's parameters.
+            mask: bool, of the parameter's shape, True where it may change; a copy is kept in
+                ``state[param]["update_mask"]`` and saved in checkpoints. None: every element may change again.
+
+        Raises:
+            ValueError: a tensor that is no parameter of this optimizer, or a mask of another shape or dtype.
+        """
+        if not any(p is param for group in self.param_groups for p in group["params"]):
+            raise ValueError("set_update_mask: param is not one of this optimizer's parameters")
+        if mask is None:
+            self.state[param].pop(MASK, None)
+            return
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != param.shape:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"set_update_mask: mask must be a bool tensor of shape {tuple(param.shape)}, got {got}")
+        self.state[param][MASK] = torch.empty_like(param.detach(), dtype=torch.bool).copy_(mask)
 
     def to(self, device: torch.device | str) -> "FusedOptimizer":
         """Move all state to a device, to free memory elsewhere; a step brings it back to its parameters."""
@@ -205,12 +251,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.load(self, state_dict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend, "_counters": self._counters}
+        return {
+            **super().__getstate__(),
+            "backend": self.backend,
+            "_counters": self._counters,
+            "_options": self._options,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_plan()
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_options", {})
         self.__dict__.setdefault("_captures", [])
         self._handle = compiled.handle_of(self)
         checkpoint.restore(self)

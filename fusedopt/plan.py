@@ -6,18 +6,17 @@ no longer holds is built anew. Gradient addresses are the one thing that may cha
 """
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
-
 from . import layout
 from .groups import GroupOptions
 from .state import drop_counters, init_state
+from .support import check_distinct, check_supported
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -31,16 +30,21 @@ class Segment:
     """One parameter of the step: where its numbers are and how they are laid out.
 
     weight: the parameter, or its packed copy when it has gaps. grad_buffer: where a gradient of another layout is
-    copied to, or None. slots: state tensors in the rule's order. counter: 0-dim step count, or None.
+    copied to, or None. slots: state tensors in the rule's order. numbers: its scalar slots, 0-dim. counter: 0-dim
+    step count, or None. mask: a byte per stored number, 0 where it may not change; or None.
     """
 
-    __slots__ = ("counter", "grad_buffer", "group", "param", "position", "residual", "slots", "weight")
+    __slots__ = (
+        "counter", "grad_buffer", "group", "mask", "numbers", "param", "position", "residual", "slots", "weight",
+    )  # fmt: skip
 
     def __init__(self, param: Tensor, group: int, position: int) -> None:
         self.param, self.group, self.position = param, group, position
         self.weight = param if layout.is_dense(param) else _packed(param)
         self.grad_buffer: Tensor | None = None
         self.slots: list[Tensor] = []
+        self.numbers: list[Tensor] = []
+        self.mask: Tensor | None = None
         self.residual: Tensor | None = None
         self.counter: Tensor | None = None
 
@@ -54,27 +58,30 @@ class Plan:
     """The segments of one step over all parameters that have a gradient."""
 
     def __init__(self, optimizer: "FusedOptimizer") -> None:
-        rule, groups = optimizer.rule, optimizer.param_groups
-        self.groups = [GroupOptions(rule, group) for group in groups]
+        groups = optimizer.param_groups
+        self.groups = [GroupOptions(optimizer.rule_of(group), group) for group in groups]
         self.lists = [list(group["params"]) for group in groups]
         self.segments: list[Segment] = []
+        self.sparse: list[Segment] = []
         self.without_grad: list[Tensor] = []
         for index, params in enumerate(self.lists):
             for p in params:
                 if p.grad is None:
                     self.without_grad.append(p)
                 else:
-                    _check_supported(optimizer, p)
-                    self.segments.append(Segment(p, index, len(self.segments)))
-        for segment in self.segments:
+                    check_supported(optimizer, p, self.groups[index])
+                    members = self.segments if p.grad.layout == torch.strided else self.sparse
+                    members.append(Segment(p, index, len(members)))
+        for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
         drop_counters(optimizer)
         self.params = [s.param for s in self.segments]
-        self.addresses = list(map(_address, self.params))
-        _check_distinct(self.params, self.addresses)
+        self.updated = [*self.params, *(s.param for s in self.sparse)]
+        self.addresses = list(map(_address, self.updated))
+        check_distinct(self.updated, self.addresses)
         self.states = _state_values(optimizer)
         # `state.data = …` keeps the object; who moves state so moves all of it, and an address costs 0.2 µs cold
-        self.state_tensors = [s.slots[0] for s in self.segments if s.slots]
+        self.state_tensors = [s.slots[0] for s in (*self.segments, *self.sparse) if s.slots]
         self.state_addresses = list(map(_address, self.state_tensors))
         self._watch_gradients()
 
@@ -125,7 +132,9 @@ class Plan:
                 return False
         except TypeError:  # a gradient went away
             return False
-        if list(map(_address, params)) != self.addresses:
+        if list(map(_address, self.updated)) != self.addresses:
+            return False
+        if not all(s.param.grad is not None and s.param.grad.layout == torch.sparse_coo for s in self.sparse):
             return False
         states = _state_values(optimizer)
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
@@ -140,7 +149,7 @@ class Plan:
         changed = []
         for index, group in enumerate(optimizer.param_groups):
             if not self.groups[index].unchanged(group):
-                new = GroupOptions(optimizer.rule, group)
+                new = GroupOptions(optimizer.rule_of(group), group)
                 if not new.same_structure(self.groups[index]):
                     return None
                 self.groups[index] = new
@@ -157,7 +166,7 @@ class Plan:
         self.grads = []  # else they would live until the next step, beside those of the next backward pass
         for segment in self.packed:
             segment.param.detach().copy_(segment.weight)
-        torch.autograd.graph.increment_version(self.params)
+        torch.autograd.graph.increment_version(self.updated)
 
 
 class AttributeGuard:
@@ -235,46 +244,3 @@ def _grad_buffer(segment: Segment, grad: Tensor) -> Tensor:
             f"{segment.weight.stride()}; give both the same memory format to save the copy",
         )
     return torch.empty_like(segment.weight, dtype=grad.dtype)
-
-
-def _check_supported(optimizer: "FusedOptimizer", p: Tensor) -> None:
-    name = type(optimizer).__name__
-    if (grad := p.grad) is not None:
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead")
-        if grad.device != p.device or grad.shape != p.shape or grad.is_complex() != p.is_complex():
-            raise RuntimeError(
-                f"a gradient of shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device} does not fit its "
-                f"parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}"
-            )
-        if grad.dtype not in (*FLOAT_TYPES, *REAL_TYPE):
-            raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex gradients, got {grad.dtype}")
-    if hasattr(p, "to_local"):
-        raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
-    if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
-        raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex parameters, got {p.dtype}")
-    if layout.needs_resolving(p):
-        raise RuntimeError(
-            f"{name} cannot update a lazily conjugated or negated parameter in place; make it from "
-            ".resolve_conj().resolve_neg()"
-        )
-
-
-def _check_distinct(params: list[Tensor], addresses: list[int]) -> None:
-    """All segments are updated at once, so none may share memory with another."""
-    seen: dict[int, Tensor] = {}
-    for p, address in zip(params, addresses, strict=True):
-        if p.numel() and address in seen:
-            how = "a parameter is listed twice" if seen[address] is p else "two parameters share memory"
-            raise ValueError(
-                f"{how} in param_groups (shape {tuple(p.shape)}): it would be updated twice at once; list it once"
-            )
-        seen[address] = p
-    ranges = [(a, a + p.nbytes, p.shape) for p, a in zip(params, addresses, strict=True) if layout.is_dense(p)]
-    ranges.sort(key=itemgetter(0, 1))
-    for (_, end, shape), (start, _, other) in pairwise(r for r in ranges if r[0] < r[1]):
-        if start < end:
-            raise ValueError(
-                f"parameters of shapes {tuple(shape)} and {tuple(other)} in param_groups share memory: their common "
-                "elements would be updated twice at once"
-            )

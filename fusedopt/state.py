@@ -1,8 +1,8 @@
 """State of a parameter: made lazily, torch-shaped, kept in its own dtype.
 
-``state[p]`` holds what torch.optim would: ``step`` (0-dim fp32, fp64 under a float64 default dtype) and one tensor
-like the parameter per slot. State that is there already (loaded, pre-created, on another device or in another
-layout) is taken over; only what is missing is created.
+``state[p]`` holds what torch.optim would: ``step`` (0-dim fp32, fp64 under a float64 default dtype), one tensor like
+the parameter or one number per slot, and ``update_mask`` where one is set. State that is there already (loaded,
+pre-created, on another device or in another layout) is taken over; only what is missing is created.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .plan import Segment
 
+MASK = "update_mask"
+"""State key of an update mask: bool, like the parameter; False keeps an element as it is."""
+
 
 def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupOptions") -> None:
     """Create what is missing of a segment's state and hand the segment its tensors."""
-    p, rule = segment.param, optimizer.rule
-    if options.slots or rule.counts_in_state or "weights" in options.options:
+    p, rule = segment.param, options.rule
+    has_state = isinstance(optimizer.state.get(p), dict)
+    if has_state or options.slots or rule.counts_in_state or "weights" in options.options:
         state = optimizer.state[p]
     else:
         state = {}
@@ -34,7 +38,7 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
         _check_ready(optimizer, p, state, options)
     fresh = all(state.get(slot.name) is None for slot in options.slots)
     if rule.counts_in_state:
-        state["step"] = step_tensor(state.get("step", 0.0), p.device)
+        state["step"] = number_tensor(state.get("step", 0.0), p.device)
         segment.counter = state["step"]
     elif options.slots:
         segment.counter = _hidden_counter(optimizer, p, fresh)
@@ -44,6 +48,15 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
             have = _make_slot(slot, segment, options)
         state[slot.name] = _fit(slot.name, have, segment.weight)
         segment.slots.append(state[slot.name])
+    for slot in rule.scalar_slots:
+        have = state.get(slot.name)
+        state[slot.name] = number_tensor(_initial(slot, options) if have is None else have, p.device, slot.wide)
+        segment.numbers.append(state[slot.name])
+    if state.get(MASK) is not None:
+        state[MASK] = _fit(MASK, state[MASK], segment.weight, (torch.bool,))
+        segment.mask = layout.flat(state[MASK]).view(torch.uint8)
+        if p.is_complex():  # one byte for each part
+            segment.mask = segment.mask.repeat_interleave(2)
     if options.options.get("weights") == "split16":
         split16.codec(p.dtype)
         have = state.get("param_residual")
@@ -57,8 +70,9 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
 
 def _check_ready(optimizer: "FusedOptimizer", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
     """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
-    rule = optimizer.rule
-    needed = [state.get(slot.name) for slot in options.slots]
+    rule = options.rule
+    needed = [state.get(slot.name) for slot in (*options.slots, *rule.scalar_slots)]
+    needed.extend([state[MASK]] if state.get(MASK) is not None else [])
     if rule.counts_in_state:
         needed.append(state.get("step"))
     elif options.slots:
@@ -87,7 +101,16 @@ def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tenso
     state = torch.zeros_like(segment.weight.detach(), dtype=dtype, memory_format=torch.preserve_format)
     if slot.init == "param":
         return state.copy_(segment.param.detach())
-    return state if slot.init == "zeros" else state.fill_(float(options.hyper(slot.init)))
+    value = _initial(slot, options)
+    # torch fills both parts of a complex state
+    return state.fill_(complex(value, value) if state.is_complex() else value)
+
+
+def _initial(slot: Slot, options: "GroupOptions") -> float:
+    """What a slot's numbers begin as."""
+    if isinstance(slot.init, str):
+        return 0.0 if slot.init == "zeros" else float(options.hyper(slot.init))
+    return float(slot.init)
 
 
 def _fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
@@ -104,15 +127,15 @@ def _fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...
     return torch.empty_like(weight.detach(), dtype=have.dtype).copy_(have)
 
 
-def step_tensor(step: Any, device: torch.device) -> Tensor:
-    """Step count as a 0-dim floating tensor on the parameter's device (numbers and CPU tensors are accepted)."""
-    if not isinstance(step, Tensor):
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        return torch.tensor(float(step), dtype=dtype, device=device)
-    if step.device == device and step.dtype in (torch.float32, torch.float64):
-        return step
-    dtype = step.dtype if step.dtype == torch.float64 else torch.float32
-    return step.to(device=device, dtype=dtype)
+def number_tensor(x: Any, device: torch.device, wide: bool = False) -> Tensor:
+    """A step count or scalar slot as a 0-dim tensor on its parameter's device (numbers and CPU tensors are taken)."""
+    if not isinstance(x, Tensor):
+        dtype = torch.float64 if wide or torch.get_default_dtype() == torch.float64 else torch.float32
+        return torch.tensor(float(x), dtype=dtype, device=device)
+    if x.device == device and x.dtype in (torch.float32, torch.float64):
+        return x
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return x.to(device=device, dtype=dtype)
 
 
 def _hidden_counter(optimizer: "FusedOptimizer", p: Tensor, fresh: bool) -> Tensor:

@@ -24,6 +24,9 @@ from .plan import Segment
 from .rule import Rule
 from .upload import DeviceTable, capturing, reserve
 
+Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
+"""(spec, grid, pointer arguments)."""
+
 WEIGHTS: dict[str | None, Any] = {None: plain, "split16": split16}
 """Weight formats by name."""
 
@@ -43,7 +46,7 @@ class DeviceTables:
         self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, launcher
         self.device = segments[0].weight.device
         options = groups[segments[0].group].options
-        self.with_norm = "max_norm" in options or "skip_nonfinite" in options
+        self.with_norm = rule.grad_norm or "max_norm" in options or "skip_nonfinite" in options
         self.positions = np.array([s.position for s in segments])
         self.base_flags = np.array([self._base_flags(s) for s in segments], dtype=np.int64)
         self.fixed_misaligned = np.array([not _aligned(s) for s in segments])
@@ -87,8 +90,11 @@ class DeviceTables:
             row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = length
             row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
             row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, -(-n // table.CHUNK)
+            row[table.MASK.value] = 0 if s.mask is None else s.mask.data_ptr()
             for j, slot in enumerate(s.slots):
                 row[table.SLOTS.value + 2 * j] = slot.data_ptr()
+            for j, number in enumerate(s.numbers):
+                row[table.LAST.value - j] = _tagged(number)
             partials += -(-n // table.NORM_CHUNK)
             chunks += -(-n // table.CHUNK)
         self.n_chunks, self.n_partials = chunks, partials
@@ -103,7 +109,7 @@ class DeviceTables:
         wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in map(_grad_dtype, self.segments))
         header[table.NORM_IS_FP64.value] = float(wide_grad)
         self.header = self._constant(np.array(header))
-        partials = max(1, 2 * self.n_partials, self.n_chunks * self.rule.n_norms)
+        partials = max(1, 2 * self.n_partials, self.n_chunks * max(1, self.rule.n_norms))
         self.partials = torch.zeros(partials, dtype=torch.float64, device=self.device)
 
     def _constant(self, values: np.ndarray) -> Tensor:
@@ -151,19 +157,18 @@ class DeviceTables:
         return self._mirrors[group, column][1]
 
     # ------------------------------------------------------------------------------------------------ launches
-    def _launches(self) -> list[tuple[launch.KernelSpec, int, tuple[Tensor, ...]]]:
-        """(spec, grid, pointer arguments) of every launch of a step, in order."""
+    def _launches(self) -> list[Launch]:
+        """Every launch of a step, in order."""
         rows, grads = self.rows.tensor, self.grads.tensor
-        out: list[tuple[launch.KernelSpec, int, tuple[Tensor, ...]]] = []
+        out: list[Launch] = []
         if self.with_norm:
             for dtype, members in self._by(_grad_dtype).items():
                 chunks = self._chunk_map(members, table.NORM_CHUNK, False)
                 if len(chunks):
                     out.append((launch.norm_spec(dtype), len(chunks), (rows, grads, chunks, self.partials)))
         rule, n = self.rule, len(self.segments)
-        spec = launch.scalars_spec(
-            f"{rule.name}_scalars", rule.scalars, len(rule.hyper), rule.n_scalars, self.with_norm
-        )
+        counts = len(rule.hyper), rule.n_scalars, len(rule.scalar_slots)
+        spec = launch.scalars_spec(f"{rule.name}_scalars", rule.scalars, counts, self.with_norm, rule.grad_norm)
         grid = 1 if self.with_norm else -(-n // launch.SCALARS_BLOCK)
         hypers, addresses = self.hypers.tensor, self.addresses.tensor
         args = (rows, hypers, addresses, self.scalars, self.partials, self.header, self.counts)
@@ -191,12 +196,21 @@ class DeviceTables:
             tuple(slot.dtype for slot in s.slots),
             group.options.get("weights"),
             group.decoupled,
+            (group.cautious, group.cautious_decay, s.mask is not None),
         )
 
     def _update_specs(self, key: tuple[Any, ...]) -> list[launch.KernelSpec]:
-        """The update kernel of a variant, after the measuring pass if its rule has one."""
-        rule, (structure, dtype, grad, slots, weights, decoupled) = self.rule, key
-        variant = launch.UpdateVariant(
+        """The update kernel of a variant, after the measuring pass if its step needs one."""
+        rule, variant = self.rule, self._update_variant(key)
+        update = launch.update_spec(rule.name, rule.update, variant)
+        if not (rule.n_norms or variant.switches[0]):
+            return [update]
+        measure = rule.measure if rule.n_norms else rule.update
+        return [launch.update_spec(f"{rule.name}_measure", measure, variant, "measure"), update]
+
+    def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
+        rule, (structure, dtype, grad, slots, weights, decoupled, switches) = self.rule, key
+        return launch.UpdateVariant(
             structure=structure,
             weight=WEIGHTS[weights].codec(dtype),
             states=tuple(wide.codec(slot) for slot in slots),
@@ -205,21 +219,21 @@ class DeviceTables:
             compute=compute_type(dtype),
             n_scalars=rule.n_scalars,
             n_norms=rule.n_norms,
+            switches=switches,
         )
-        update = launch.update_spec(rule.name, rule.update, variant)
-        if not rule.n_norms:
-            return [update]
-        return [launch.update_spec(f"{rule.name}_measure", rule.measure, variant, measure=True), update]
 
     def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
+        """`_pairs` on the device, kept as long as the plan."""
+        pairs = self._pairs(members, chunk)
+        return self._constant((pairs[::-1] if last_first else pairs).copy())
+
+    def _pairs(self, members: Sequence[int], chunk: int) -> np.ndarray:
         """(segment, chunk) of every program, int32, for the segments of one launch."""
         index = np.array(members)
         counts = -(-self.rows.array[index, table.NUMEL.value] // chunk)
         segment = np.repeat(index, counts)
         first = np.repeat(np.cumsum(counts) - counts, counts)
-        pairs = np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
-        pairs = pairs[::-1] if last_first else pairs
-        return self._constant(pairs.copy())
+        return np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
@@ -231,15 +245,18 @@ class DeviceTables:
 
     def run(self) -> None:
         """Launch the step on the current stream of the device."""
-        run = self.launcher.run
         for value, mirror in self._mirrors.values():
             mirror.copy_(value, non_blocking=True)
+        self._start(self.launches)
+
+    def _start(self, launches: Sequence[Launch]) -> None:
+        run = self.launcher.run
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                for spec, grid, args in self.launches:
+                for spec, grid, args in launches:
                     run(spec, grid, args)
         else:
-            for spec, grid, args in self.launches:
+            for spec, grid, args in launches:
                 run(spec, grid, args)
 
 
@@ -251,8 +268,8 @@ def _grad_dtype(s: Segment) -> torch.dtype:
 
 def _aligned(s: Segment) -> bool:
     """Every address but the gradient's is a multiple of 16."""
-    tensors = [s.weight, *s.slots, *([] if s.residual is None else [s.residual])]
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+    tensors = [s.weight, *s.slots, s.residual, s.mask]
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _row_length(t: Tensor) -> int:
@@ -267,4 +284,9 @@ def _hyper_address(value: Any) -> int:
         return 0
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"hyper-parameter tensors must be float32 or float64, got {value.dtype}")
-    return value.data_ptr() << 1 | (value.dtype == torch.float64)
+    return _tagged(value)
+
+
+def _tagged(number: Tensor) -> int:
+    """Address of an fp32 or fp64 number, shifted left once; the low bit says fp64."""
+    return number.data_ptr() << 1 | (number.dtype == torch.float64)

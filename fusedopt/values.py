@@ -23,13 +23,28 @@ from .blocks import Lane
 
 NUMPY: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "sqrt": np.sqrt,
-    "maximum": lambda a, b, out: np.maximum(a, b, out=out), "copy": np.positive,
+    "maximum": lambda a, b, out: np.maximum(a, b, out=out), "minimum": lambda a, b, out: np.minimum(a, b, out=out),
+    "abs": np.absolute, "sign": lambda x, out: _sign(x, out), "where": lambda c, a, b, out: _where(c, a, b, out),
+    "gt": np.greater, "ge": np.greater_equal, "copy": np.positive,
 }  # fmt: skip
 TORCH: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "sqrt": torch.sqrt,
-    "maximum": torch.maximum, "copy": lambda x, out: out.copy_(x),
+    "maximum": torch.maximum, "minimum": torch.minimum, "abs": torch.abs, "sign": torch.sign,
+    "where": lambda c, a, b, out: out.copy_(torch.where(c != 0, a, b)),
+    "gt": lambda a, b, out: out.copy_(a > b), "ge": lambda a, b, out: out.copy_(a >= b),
+    "copy": lambda x, out: out.copy_(x),
 }  # fmt: skip
 """Operations by name; each takes its operands and, last or as ``out``, where the result goes."""
+
+
+def _sign(x: Any, out: Any) -> None:
+    """NumPy's sign of NaN is NaN; torch's and the kernels' is 0."""
+    np.subtract(x > 0, x < 0, out=out, dtype=out.dtype)
+
+
+def _where(c: Any, a: Any, b: Any, out: Any) -> None:
+    """Element-wise choice; the result may take the place of any operand."""
+    out[...] = np.where(c != 0, a, b)
 
 
 def scalar_type(dtype: torch.dtype) -> Any:
@@ -69,6 +84,29 @@ class Values:
 
     def __rtruediv__(self, other: Any) -> "Values":
         return self.tape.apply("div", other, self)
+
+    def __gt__(self, other: Any) -> "Values":
+        return self.tape.apply("gt", self, other)
+
+    def __lt__(self, other: Any) -> "Values":
+        return self.tape.apply("gt", other, self)
+
+    def __ge__(self, other: Any) -> "Values":
+        return self.tape.apply("ge", self, other)
+
+    def __le__(self, other: Any) -> "Values":
+        return self.tape.apply("ge", other, self)
+
+    def sqrt(self) -> "Values":
+        """Square root, correctly rounded."""
+        return self.tape.apply("sqrt", self)
+
+    def abs(self) -> "Values":
+        return self.tape.apply("abs", self)
+
+    def sign(self) -> "Values":
+        """−1, 0 or 1; 0 for NaN."""
+        return self.tape.apply("sign", self)
 
 
 class Tape:
@@ -187,9 +225,23 @@ def sqrt_eager(x: Any) -> Any:
     return x.tape.apply("sqrt", x) if isinstance(x, Values) else np.sqrt(x)
 
 
-def maximum_eager(a: Values, b: Values) -> Values:
-    """Larger of a and b; NaN if either is NaN."""
-    return a.tape.apply("maximum", a, b)
+def maximum_eager(a: Any, b: Any) -> Values:
+    """Larger of a and b; NaN if either is NaN. One of them may be a number."""
+    return _tape(a, b).apply("maximum", a, b)
+
+
+def minimum_eager(a: Any, b: Any) -> Values:
+    """Smaller of a and b; NaN if either is NaN. One of them may be a number."""
+    return _tape(a, b).apply("minimum", a, b)
+
+
+def where_eager(condition: Values, a: Any, b: Any) -> Values:
+    """a where the condition (a comparison of values, or a product of such) holds, else b; values or numbers."""
+    return condition.tape.apply("where", condition, a, b)
+
+
+def _tape(*operands: Any) -> Tape:
+    return next(o.tape for o in operands if isinstance(o, Values))
 
 
 def sqrt_scalar(x: float) -> float:

@@ -49,14 +49,16 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
         groups.append({**group, "params": members})
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     state.update({p: s for p, s in stand_ins if s})
-    shadow.__setstate__(
-        {"defaults": optimizer.defaults, "state": state, "param_groups": groups, "backend": optimizer.backend}
-    )
+    shadow.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups, "_counters": {}})
     shadow._launcher = optimizer._launcher
     return shadow
 
 
 def _stand_in(p: Tensor) -> Tensor:
+    if p.grad is not None and p.grad.layout == torch.sparse_coo:
+        small = torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True)
+        small.grad = torch.zeros(1, dtype=p.dtype, device=p.device).to_sparse()
+        return small
     small = torch.zeros((), dtype=p.dtype, device=p.device, requires_grad=True)
     dtype = p.grad.dtype if p.grad is not None else getattr(p, "grad_dtype", None) or p.dtype
     if dtype != p.dtype:
@@ -67,7 +69,7 @@ def _stand_in(p: Tensor) -> Tensor:
 
 def _small_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     return {
-        key: torch.zeros((), dtype=value.dtype, device=p.device)
+        key: torch.zeros(p.shape if value.dim() or key == "update_mask" else (), dtype=value.dtype, device=p.device)
         for key, value in state.items()
         if isinstance(value, Tensor)
     }

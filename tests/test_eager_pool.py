@@ -251,9 +251,10 @@ def test_both_libraries_round_alike(name: str) -> None:
     assert NUMPY.keys() == TORCH.keys()
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(10000, generator=generator).exp() for _ in range(2))
-    operands = (a,) if name in ("copy", "sqrt") else (a, b)
+    special = {"copy": (a,), "sqrt": (a,), "abs": (-a,), "sign": (a - 1.0,), "where": (a.floor(), a, b)}
+    operands = special.get(name, (a, b))
     out, other = torch.empty_like(a), torch.empty_like(a)
-    NUMPY[name](*(t.numpy() for t in operands), out.numpy())
+    NUMPY[name](*(t.numpy() for t in operands), out=out.numpy())
     TORCH[name](*operands, out=other)
     torch.testing.assert_close(out, other, rtol=2e-7 if name == "sqrt" else 0.0, atol=0)
 

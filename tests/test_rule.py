@@ -23,9 +23,17 @@ def test_slots_begin_as_declared(init: str, value: float) -> None:
     assert torch.equal(optimizer.state[p]["exp_avg_sq"], torch.zeros(2, 3))
 
 
-def test_scalar_slots_are_refused_until_kernels_read_them() -> None:
-    with pytest.raises(NotImplementedError, match="'mu_product'"):
-        fusedopt.Slot("mu_product", "scalar", shape="scalar")
+def test_scalar_slots_begin_as_declared_and_come_last() -> None:
+    class Variant(fusedopt.Adam):
+        rule = replace(RULE, state=(*RULE.state, fusedopt.Slot("a", "scalar", 1.5), fusedopt.Slot("b", "scalar", "eps")))
+
+    p = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = Variant([p], eps=0.25)
+    optimizer.materialize_state()
+    assert (optimizer.state[p]["a"].item(), optimizer.state[p]["b"].item()) == (1.5, 0.25)
+    assert optimizer.state[p]["a"].dtype == torch.float32 and optimizer.state[p]["a"].shape == ()
+    with pytest.raises(ValueError, match="scalar slots come after"):
+        replace(RULE, state=(fusedopt.Slot("a", "scalar"), *RULE.state))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ def classes(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_signature_is_torchs_plus_backend(name: str) -> None:
+def test_signature_is_torchs_plus_options(name: str) -> None:
     ours, theirs = (list(inspect.signature(cls).parameters.values()) for cls in classes(name))
-    assert ours.pop().name == "backend"
+    assert (last := ours.pop()).name == "options" and last.kind == last.VAR_KEYWORD
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
 
 

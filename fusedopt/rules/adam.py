@@ -13,7 +13,7 @@ the one rounding.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
@@ -33,6 +33,7 @@ from fusedopt_kernels.numerics import (
 
 from ..arguments import check_betas, check_lr, check_nonnegative
 from ..optimizer import FusedOptimizer
+from ..options import Options
 from ..rule import Rule, Slot
 from ..values import div_eager, maximum_eager, sqrt_eager, sqrt_scalar
 
@@ -47,9 +48,8 @@ STATE = (
 def scalars(hyper, t):
     lr, _, beta1, beta2, eps = hyper
     q1, q2 = 1.0 - beta1, 1.0 - beta2
-    n = t.to(tl.int64)
-    step_size = lr / one_minus_power(q1, n)
-    correction = 1.0 / tl.sqrt(one_minus_power(q2, n))
+    step_size = lr / one_minus_power(q1, t)
+    correction = 1.0 / tl.sqrt(one_minus_power(q2, t))
     w1, w2 = average_weight(q1), average_weight(q2)
     return w1, w2, step_size, correction, eps
 
@@ -57,9 +57,8 @@ def scalars(hyper, t):
 def scalars_eager(hyper: tuple[float, ...], t: float) -> tuple[float, ...]:
     lr, _, beta1, beta2, eps = hyper
     q1, q2 = 1.0 - beta1, 1.0 - beta2
-    n = t
-    step_size = lr / one_minus_power_eager(q1, n)
-    correction = 1.0 / sqrt_scalar(one_minus_power_eager(q2, n))
+    step_size = lr / one_minus_power_eager(q1, t)
+    correction = 1.0 / sqrt_scalar(one_minus_power_eager(q2, t))
     w1, w2 = average_weight_eager(q1), average_weight_eager(q2)
     return w1, w2, step_size, correction, eps
 
@@ -97,6 +96,7 @@ RULE = Rule(
     update=update,
     update_eager=update_eager,
     structure=("amsgrad",),
+    sparse="lazy",
 )
 
 
@@ -112,7 +112,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: p ← p − lr·weight_decay·p instead of L2 (this makes it AdamW).
         foreach, capturable, fused: checked as torch does, then select nothing (every step is capturable).
         differentiable: refused when True.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"`` (see `FusedOptimizer`).
+        options: what every optimizer here takes, see `fusedopt.Options`.
 
     Raises:
         ValueError: a negative lr, eps or weight_decay, a beta outside [0, 1).
@@ -135,7 +135,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
         check_lr(lr, foreach, capturable)
         check_nonnegative("epsilon", eps)
@@ -146,4 +146,4 @@ class Adam(FusedOptimizer):
             foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )  # fmt: skip
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **options)

@@ -10,10 +10,11 @@ lr·weight_decay ≈ 2e-3 and biases it in fp32; here decay and update are summe
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
+from ..options import Options
 from . import adam
 
 RULE = replace(adam.RULE, name="adamw", decay="decoupled")
@@ -30,7 +31,7 @@ class AdamW(adam.Adam):
         amsgrad: use the largest second moment so far. maximize: ascend.
         foreach, capturable, fused: checked as torch does, then select nothing (every step is capturable).
         differentiable: refused when True.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"`` (see `FusedOptimizer`).
+        options: what every optimizer here takes, see `fusedopt.Options`.
 
     Raises:
         ValueError: a negative lr, eps or weight_decay, a beta outside [0, 1).
@@ -52,10 +53,10 @@ class AdamW(adam.Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=True,
-            backend=backend,
+            **options,
         )  # fmt: skip

@@ -11,7 +11,7 @@ Weight decay is coupled (L2): g ← g + weight_decay·p. Results differ from tor
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ..arguments import check_lr, check_nonnegative
 from ..optimizer import FusedOptimizer
+from ..options import Options
 from ..rule import Rule, Slot
 
 STATE = (Slot("momentum_buffer", "signed", when="momentum"),)
@@ -73,6 +74,8 @@ RULE = Rule(
     update_eager=update_eager,
     structure=("momentum", "nesterov"),
     counts_in_state=False,
+    sparse="rows",
+    moves_all="momentum",
 )
 
 
@@ -86,7 +89,7 @@ class SGD(FusedOptimizer):
         nesterov: needs momentum > 0 and dampening 0.
         maximize: ascend. foreach, fused: checked as torch does, then select nothing.
         differentiable: refused when True.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"`` (see `FusedOptimizer`).
+        options: what every optimizer here takes, see `fusedopt.Options`.
 
     Raises:
         ValueError: a negative lr, momentum or weight_decay; nesterov without momentum or with dampening.
@@ -107,7 +110,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        backend: str = "auto",
+        **options: Unpack[Options],
     ) -> None:
         check_lr(lr, foreach, capturable=True)
         check_nonnegative("momentum", momentum)
@@ -118,4 +121,4 @@ class SGD(FusedOptimizer):
         )  # fmt: skip
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        super().__init__(params, defaults, backend=backend)
+        super().__init__(params, defaults, **options)

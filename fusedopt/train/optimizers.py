@@ -67,9 +67,10 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
     optimizer_class = getattr(fusedopt if library == "fusedopt" else torch.optim, class_name, None)
     if optimizer_class is None:
         raise BadInput(f"--compare torch: torch.optim has no {class_name}")
-    accepted = inspect.signature(optimizer_class).parameters
+    accepted = [name for name, p in inspect.signature(optimizer_class).parameters.items() if p.kind != p.VAR_KEYWORD]
     arguments = dict(config.optimizer_args, lr=config.lr)
     if library == "fusedopt":
+        accepted.extend(fusedopt.Options.__annotations__)
         arguments["backend"] = config.backend
     elif "fused" in accepted and not _fused_is_broken(config):
         arguments.setdefault("fused", True)

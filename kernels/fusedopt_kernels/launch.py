@@ -16,6 +16,7 @@ import triton
 
 from . import numerics, scalars, step, table
 from .norm import norm_kernel
+from .rows import rows_kernel
 
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i32", "scalars": "*fp64", "partials": "*fp64",
@@ -60,7 +61,7 @@ class UpdateVariant:
     """What selects a variant of the update kernel besides the rule's functions.
 
     structure: the rule's switches; weight, states: codecs; transforms: gradient transforms in order; grad: gradient
-    dtype; compute: arithmetic; n_scalars, n_norms: how many the rule has.
+    dtype; compute: arithmetic; n_scalars, n_norms: how many the rule has; switches: see ``step.py``.
     """
 
     structure: tuple[bool, ...]
@@ -71,14 +72,19 @@ class UpdateVariant:
     compute: torch.dtype
     n_scalars: int
     n_norms: int
+    switches: tuple[bool, bool, bool] = (False, False, False)
 
 
-def update_spec(name: str, rule: Any, v: UpdateVariant, measure: bool = False) -> KernelSpec:
-    """The update kernel of a variant around a rule's ``update``, or the measuring pass around its ``measure``."""
+KERNELS: dict[str, Any] = {"update": step.update_kernel, "measure": step.measure_kernel, "rows": rows_kernel}
+"""Kernels around a rule's functions: update, first pass, update of a sparse gradient's rows."""
+
+
+def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") -> KernelSpec:
+    """One of `KERNELS` of a variant around a rule's ``update`` or ``measure``."""
     types = (numerics.triton_type(v.grad), v.weight[2], *(codec[2] for codec in v.states))
     block, tail, warps = launch_shape({t.primitive_bitwidth // 8 for t in types})
     items: tuple[tuple[str, Any], ...] = (
-        ("MEASURE" if measure else "RULE", rule),
+        ("MEASURE" if kernel == "measure" else "RULE", rule),
         ("VARIANT", v.structure),
         ("WEIGHT", v.weight),
         ("STATES", v.states),
@@ -86,6 +92,7 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, measure: bool = False) -
         ("GRAD", numerics.triton_type(v.grad)),
         ("COMPUTE", numerics.triton_type(v.compute)),
         ("EXACT", True),
+        ("SWITCHES", v.switches),
         ("N_SCALARS", v.n_scalars),
         ("N_NORMS", v.n_norms),
         ("CHUNK", table.CHUNK),
@@ -93,7 +100,7 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, measure: bool = False) -
         ("TAIL", tail),
         ("SOURCES", _sources(v.weight, *v.states, v.transforms)),
     )
-    return KernelSpec(name, step.measure_kernel if measure else step.update_kernel, items, warps)
+    return KernelSpec(name, KERNELS[kernel], items, warps)
 
 
 def _sources(*parts: tuple[Any, ...]) -> str:
@@ -115,13 +122,15 @@ def norm_spec(grad: torch.dtype) -> KernelSpec:
 SCALARS_BLOCK = 128
 
 
-def scalars_spec(name: str, rule: Any, n_hypers: int, n_scalars: int, with_norm: bool) -> KernelSpec:
-    """The scalars kernel of a rule."""
+def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], with_norm: bool, grad_norm: bool) -> KernelSpec:
+    """The scalars kernel of a rule; counts: its hyper-parameters, scalars and scalar slots."""
     items = (
         ("RULE", rule),
-        ("N_HYPERS", n_hypers),
-        ("N_SCALARS", n_scalars),
+        ("N_HYPERS", counts[0]),
+        ("N_SCALARS", counts[1]),
+        ("N_STATE", counts[2]),
         ("WITH_NORM", with_norm),
+        ("GRAD_NORM", grad_norm),
         ("BLOCK", SCALARS_BLOCK),
     )
     return KernelSpec(name, scalars.scalars_kernel, items)

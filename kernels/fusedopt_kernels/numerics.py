@@ -6,6 +6,7 @@ mul, add, div and sqrt, so both round at the same places and agree bit for bit.
 """
 
 import hashlib
+import math
 from typing import Any
 
 import numpy as np
@@ -48,16 +49,22 @@ def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def sign(x):
+    """−1, 0 or 1; 0 for NaN, as ``torch.sign``."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
 # ------------------------------------------------------------------------------------------------ running averages
 @triton.jit
 def average_weight(q):
-    """Weight for `average` from q = 1 − β, in float64."""
-    return tl.where(q < 0.5, q, q - 1.0)
+    """Weight for `average` from 0 ≤ q = 1 − β ≤ 1, in float64; 0 stands for q = 1, 2⁻¹⁴⁹ for q = 0."""
+    return tl.where(q < 0.5, tl.maximum(q, 2.0**-149), q - 1.0)
 
 
 def average_weight_eager(q: float) -> float:
     """Eager twin of `average_weight`."""
-    return q if q < 0.5 else q - 1.0
+    return max(q, 2.0**-149) if q < 0.5 else q - 1.0
 
 
 @triton.jit
@@ -78,6 +85,7 @@ def one_minus_power(q, t):
 
     No cancellation, no exp or log: the same bits in every mode. With q = 1 − β this is 1 − βᵗ.
     """
+    t = t.to(tl.int64)
     r = q * 0.0
     for i in tl.static_range(31):
         r = tl.where(((t >> i) & 1) != 0, r + q * (1.0 - r), r)
@@ -93,6 +101,93 @@ def one_minus_power_eager(q: float, t: float) -> float:
         q = q * (2.0 - q)
         n >>= 1
     return r
+
+
+# ---------------------------------------------------------------------- exponential, logarithm and power in float64
+# For scalars only: add, mul and div, so that every mode has the same bits, which no library's exp and log promise.
+_LN2_HIGH = tl.constexpr(6.93147180369123816490e-01)  # 33 bits of ln 2, so that k times it is exact
+_LN2_LOW = tl.constexpr(1.90821492927058770002e-10)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """eˣ in float64, within 2 ulp for |x| ≤ 700: e^r by its Taylor polynomial of degree 14, |r| ≤ ln 2 / 2, times 2ᵏ.
+
+    0 below −708, inf above 709.
+    """
+    y = tl.minimum(tl.maximum(x, -708.0), 709.0)
+    k = tl.floor(y * _LOG2_E + 0.5)
+    r = (y - k * _LN2_HIGH) - k * _LN2_LOW
+    p = r * 0.0 + 1.0
+    for i in tl.static_range(14):
+        p = 1.0 + p * (r / (14.0 - i))
+    two_k = ((k.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    return tl.where(x < -708.0, 0.0, tl.where(x > 709.0, float("inf"), p * two_k))
+
+
+def exp_eager(x: float) -> float:
+    """Eager twin of `exp`."""
+    y = min(max(x, -708.0), 709.0)
+    k = math.floor(y * _LOG2_E.value + 0.5)
+    r = (y - k * _LN2_HIGH.value) - k * _LN2_LOW.value
+    p = r * 0.0 + 1.0
+    for i in range(14):
+        p = 1.0 + p * (r / (14.0 - i))
+    return 0.0 if x < -708.0 else math.inf if x > 709.0 else p * math.ldexp(1.0, k)
+
+
+@triton.jit
+def log(x):
+    """ln x in float64 for normal x > 0, within 2 ulp (absolute 2e-16 near 1); −inf for anything smaller.
+
+    x = m·2ᵏ with m in [√½, √2); ln m = 2·artanh((m − 1)/(m + 1)) by its series.
+    """
+    bits = x.to(tl.int64, bitcast=True)
+    k = ((bits >> 52) - 1023).to(tl.float64)
+    m = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    k = tl.where(m > 1.4142135623730951, k + 1.0, k)
+    m = tl.where(m > 1.4142135623730951, m * 0.5, m)
+    u = (m - 1.0) / (m + 1.0)
+    p = u * 0.0
+    for i in tl.static_range(11):
+        p = p * (u * u) + 1.0 / (23.0 - 2.0 * i)
+    p = p * (u * u)
+    y = k * _LN2_HIGH + (k * _LN2_LOW + 2.0 * (u + u * p))
+    return tl.where(x < 2.2250738585072014e-308, float("-inf"), y)
+
+
+def log_eager(x: float) -> float:
+    """Eager twin of `log`."""
+    if x < 2.2250738585072014e-308:
+        return -math.inf
+    m, exponent = math.frexp(x)
+    m, k = m * 2.0, exponent - 1.0
+    if m > 1.4142135623730951:
+        m, k = m * 0.5, k + 1.0
+    u = (m - 1.0) / (m + 1.0)
+    p = u * 0.0
+    for i in range(11):
+        p = p * (u * u) + 1.0 / (23.0 - 2.0 * i)
+    p = p * (u * u)
+    return k * _LN2_HIGH.value + (k * _LN2_LOW.value + 2.0 * (u + u * p))
+
+
+@triton.jit
+def power(x, y):
+    """xʸ in float64 for x ≥ 0: exp(y·ln x), relative error (2 + |y·ln x|)·2e-16; exact for y = 0, 1 and 2."""
+    z = exp(y * log(x))
+    z = tl.where(x == 0.0, tl.where(y > 0.0, 0.0, float("inf")), z)
+    return tl.where(y == 0.0, 1.0, tl.where(y == 1.0, x, tl.where(y == 2.0, x * x, z)))
+
+
+def power_eager(x: float, y: float) -> float:
+    """Eager twin of `power`."""
+    if y in (0.0, 1.0, 2.0):
+        return (1.0, x, x * x)[int(y)]
+    if x == 0.0:
+        return 0.0 if y > 0.0 else math.inf
+    return exp_eager(y * log_eager(x))
 
 
 # ------------------------------------------------------------------------------------------------ bf16, by its bits

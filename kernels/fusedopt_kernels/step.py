@@ -4,12 +4,15 @@ A program walks one chunk of one segment. Which rule, formats and transforms it 
 plain tuples of jit functions and types, composed and never enumerated. Every number comes from the tables.
 Full chunks of aligned segments take an unmasked path with 128-bit accesses; all others a masked, coalesced one in
 blocks of another size: with equal sizes the compiler shares layouts between both and adds barriers to the tail.
+
+SWITCHES is what may be laid around any rule: ``(cautious, cautious decay, masked)``.
 """
 
 import triton
 import triton.language as tl
 
 from . import memory
+from .numerics import sign
 from .table import (
     ALIGNED,
     COEFFICIENT,
@@ -17,6 +20,7 @@ from .table import (
     FLAGS,
     L2,
     LANES,
+    MASK,
     MEASURE_COUNT,
     MEASURE_START,
     NUMEL,
@@ -33,7 +37,7 @@ _LANES = tl.constexpr(LANES)
 
 
 @triton.jit
-def _load_scalars(row, N: tl.constexpr, COMPUTE: tl.constexpr):
+def load_scalars(row, N: tl.constexpr, COMPUTE: tl.constexpr):
     s = ()
     for i in tl.static_range(N):
         s = s + (tl.load(row + RULE_SCALARS + i).to(COMPUTE),)
@@ -41,9 +45,9 @@ def _load_scalars(row, N: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _load_row(row, gradient, N_STATES: tl.constexpr):
-    """What the blocks of a chunk share: (flags, gradient, parameter, residual, values and scales of each slot)."""
-    r = (tl.load(row + FLAGS), gradient, tl.load(row + PARAM), tl.load(row + RESIDUAL))
+def load_row(row, gradient, N_STATES: tl.constexpr):
+    """What the blocks of a chunk share: (flags, gradient, parameter, residual, mask, values and scales of slots)."""
+    r = (tl.load(row + FLAGS), gradient, tl.load(row + PARAM), tl.load(row + RESIDUAL), tl.load(row + MASK))
     for i in tl.static_range(2 * N_STATES):
         r = r + (tl.load(row + SLOTS + i),)
     return r
@@ -51,37 +55,51 @@ def _load_row(row, gradient, N_STATES: tl.constexpr):
 
 @triton.jit
 def _inputs(
-    r, e, at,
+    r, e, at, at_g,
     WEIGHT: tl.constexpr, STATES: tl.constexpr, TRANSFORMS: tl.constexpr,
     GRAD: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Transformed gradient, parameter and state values of one block."""
-    g = memory.load(r[1], at, GRAD, COMPUTE, FULL)
+    """Transformed gradient, parameter and state values of one block; the gradient may lie elsewhere (sparse)."""
+    g = memory.load(r[1], at_g, GRAD, COMPUTE, FULL)
     p = WEIGHT[0](r[2], r[3], at, WEIGHT[2], COMPUTE, FULL)
     states = ()
     for i in tl.static_range(len(STATES)):
-        states = states + (STATES[i][0](r[4 + 2 * i], r[5 + 2 * i], at, STATES[i][2], COMPUTE, FULL),)
+        states = states + (STATES[i][0](r[5 + 2 * i], r[6 + 2 * i], at, STATES[i][2], COMPUTE, FULL),)
     for i in tl.static_range(len(TRANSFORMS)):
         g = TRANSFORMS[i](g, p, r[0], e)
     return g, p, states
 
 
 @triton.jit
-def _update_block(
-    r, e, s, at,
-    RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
-    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    g, p, states = _inputs(r, e, at, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
-    descent, new = RULE(g, p, states, s, VARIANT, EXACT)
-    descent = tl.where(e[2] != 0.0, descent + e[2] * p, descent)
-    WEIGHT[1](r[2], r[3], at, p - descent, WEIGHT[2], FULL)
-    for i in tl.static_range(len(STATES)):
-        STATES[i][1](r[4 + 2 * i], r[5 + 2 * i], at, new[i], STATES[i][2], FULL)
+def agrees(a, b):
+    """Whether both are non-zero and of one sign; products of small numbers would underflow."""
+    return sign(a) * sign(b) > 0
 
 
 @triton.jit
-def _segment(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
+def update_block(
+    r, e, s, at, at_g,
+    RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
+    SWITCHES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g, p, states = _inputs(r, e, at, at_g, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
+    descent, new = RULE(g, p, states, s, VARIANT, EXACT)
+    if SWITCHES[0]:
+        descent = tl.where(agrees(descent, g), descent * e[3], 0.0)
+    total = tl.where(e[2] != 0.0, descent + e[2] * p, descent)
+    if SWITCHES[1]:
+        total = tl.where(agrees(descent, 0.0 - p), descent, total)
+    x = p - total
+    if SWITCHES[2]:
+        x = tl.where(memory.load(r[4], at, tl.int8, tl.int32, FULL) != 0, x, p)
+    WEIGHT[1](r[2], r[3], at, x, WEIGHT[2], FULL)
+    for i in tl.static_range(len(STATES)):
+        STATES[i][1](r[5 + 2 * i], r[6 + 2 * i], at, new[i], STATES[i][2], FULL)
+
+
+@triton.jit
+def segment_of(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
     """Row, gradient address, first element of the chunk, elements left, engine scalars and scalar row."""
     pid = tl.program_id(0)
     segment = tl.load(chunks + 2 * pid).to(tl.int64)
@@ -112,27 +130,32 @@ def update_kernel(
     rows, grads, chunks, scalars, partials,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    SOURCES: tl.constexpr,
+    SWITCHES: tl.constexpr, N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms are appended to the rule's scalars."""
-    row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)
+    """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms and n are appended to the rule's scalars."""
+    row, gradient, chunk, e, srow = segment_of(rows, grads, chunks, scalars, COMPUTE)
     if tl.load(srow + SKIP) == 0.0:
-        s = _load_scalars(srow, N_SCALARS, COMPUTE)
-        for i in tl.static_range(N_NORMS):
-            first, count = tl.load(row + MEASURE_START), tl.load(row + MEASURE_COUNT)
-            total = _sum_of_squares(partials + i, first, count, N_NORMS, _LANES)
-            s = s + (tl.sqrt(total).to(COMPUTE),)
+        s = load_scalars(srow, N_SCALARS, COMPUTE)
+        first, count = tl.load(row + MEASURE_START), tl.load(row + MEASURE_COUNT)
+        numel = tl.load(row + NUMEL)
+        if N_NORMS > 0:
+            for i in tl.static_range(N_NORMS):
+                s = s + (tl.sqrt(_sum_of_squares(partials + i, first, count, N_NORMS, _LANES)).to(COMPUTE),)
+            s = s + (numel.to(COMPUTE),)
+        if SWITCHES[0]:
+            agreeing = _sum_of_squares(partials, first, count, 1, _LANES)
+            e = (e[0], e[1], e[2], (numel.to(tl.float64) / (agreeing + 1.0)).to(COMPUTE))
         start = chunk * CHUNK
-        left = tl.load(row + NUMEL) - start
-        r = _load_row(row, gradient, len(STATES))
+        left = numel - start
+        r = load_row(row, gradient, len(STATES))
         if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
             lanes = tl.arange(0, BLOCK)
             for o in range(0, CHUNK, BLOCK):
                 at = (start + o, lanes, lanes < BLOCK)
-                _update_block(
-                    r, e, s, at,
-                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, True,
+                update_block(
+                    r, e, s, at, at,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
                 )  # fmt: skip
         else:
             few = tl.arange(0, TAIL)
@@ -140,9 +163,9 @@ def update_kernel(
             done = rest * 0
             while done < rest:
                 at = (start + done, few, done + few < rest)
-                _update_block(
-                    r, e, s, at,
-                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, False,
+                update_block(
+                    r, e, s, at, at,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
                 )  # fmt: skip
                 done += TAIL
 
@@ -165,10 +188,15 @@ def _store_sums(out, sums):
 def _measure_block(
     r, e, s, at, sums,
     MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
-    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr, FULL: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
+    SWITCHES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    g, p, states = _inputs(r, e, at, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
-    values = MEASURE(g, p, states, s, VARIANT, EXACT)
+    g, p, states = _inputs(r, e, at, at, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
+    if SWITCHES[0]:
+        descent, _ = MEASURE(g, p, states, s, VARIANT, EXACT)
+        values = (agrees(descent, g).to(COMPUTE),)
+    else:
+        values = MEASURE(g, p, states, s, VARIANT, EXACT)
     new = ()
     for i in tl.static_range(len(sums)):
         x = tl.where(at[2], values[i], 0.0).to(tl.float64)
@@ -181,36 +209,40 @@ def measure_kernel(
     rows, grads, chunks, scalars, partials,
     MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    SOURCES: tl.constexpr,
+    SWITCHES: tl.constexpr, N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """First pass of a two-pass rule: one partial sum of squares per chunk and norm; nothing else is written."""
-    row, gradient, chunk, e, srow = _segment(rows, grads, chunks, scalars, COMPUTE)
-    s = _load_scalars(srow, N_SCALARS, COMPUTE)
+    """First pass: one partial sum of squares per chunk and norm; nothing else is written.
+
+    For a cautious step MEASURE is the rule's update, and what is summed is where it agrees with the gradient.
+    """
+    row, gradient, chunk, e, srow = segment_of(rows, grads, chunks, scalars, COMPUTE)
+    N_SUMS: tl.constexpr = 1 if SWITCHES[0] else N_NORMS
+    s = load_scalars(srow, N_SCALARS, COMPUTE)
     start = chunk * CHUNK
     left = tl.load(row + NUMEL) - start
-    r = _load_row(row, gradient, len(STATES))
-    out = partials + (tl.load(row + MEASURE_START) + chunk) * N_NORMS
+    r = load_row(row, gradient, len(STATES))
+    out = partials + (tl.load(row + MEASURE_START) + chunk) * N_SUMS
     if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
         lanes = tl.arange(0, BLOCK)
-        sums = _zeros(N_NORMS, BLOCK)
+        sums = _zeros(N_SUMS, BLOCK)
         for o in range(0, CHUNK, BLOCK):
             at = (start + o, lanes, lanes < BLOCK)
             sums = _measure_block(
                 r, e, s, at, sums,
-                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, True,
+                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
             )  # fmt: skip
         _store_sums(out, sums)
     else:
         few = tl.arange(0, TAIL)
-        few_sums = _zeros(N_NORMS, TAIL)
+        few_sums = _zeros(N_SUMS, TAIL)
         rest = tl.minimum(left, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
             at = (start + done, few, done + few < rest)
             few_sums = _measure_block(
                 r, e, s, at, few_sums,
-                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, False,
+                MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
             )  # fmt: skip
             done += TAIL
         _store_sums(out, few_sums)

@@ -25,9 +25,11 @@ NORM_START = tl.constexpr(12)  # first partial of this segment's gradient norm
 NORM_COUNT = tl.constexpr(13)  # number of those partials
 MEASURE_START = tl.constexpr(14)  # first partial of this segment's rule norms (two-pass rules)
 MEASURE_COUNT = tl.constexpr(15)  # number of those partials
-SLOTS = tl.constexpr(16)  # then per state slot: address of the values, address of the scales
+INDEX = tl.constexpr(16)  # address of the touched rows of a sparse gradient
+SLOTS = tl.constexpr(20)  # then per state slot: address of the values, address of the scales
 MAX_SLOTS = 8
-ROW_WIDTH = tl.constexpr(32)
+ROW_WIDTH = tl.constexpr(36)
+LAST = tl.constexpr(35)  # scalar slots fill the slots' columns from here down: address shifted left once | is fp64
 
 # Bits of FLAGS.
 ALIGNED = tl.constexpr(1)  # every address of the row is a multiple of 16
@@ -48,6 +50,7 @@ COEFFICIENT = tl.constexpr(0)  # what every gradient element is multiplied by (u
 L2 = tl.constexpr(1)  # coupled weight decay
 DECAY = tl.constexpr(2)  # decoupled weight decay, already multiplied by lr
 SKIP = tl.constexpr(3)  # 1.0: this step changes nothing
+SQUARE = tl.constexpr(4)  # sum of squares of the gradient, where it takes several partials
 RULE_SCALARS = tl.constexpr(8)  # the rule's own, in the order it returns them
 SCALAR_WIDTH = tl.constexpr(32)
 

@@ -1,0 +1,130 @@
+"""Sparse COO gradients (embeddings): only the rows they touch are updated.
+
+A gradient is coalesced (torch's, which reads its number of rows back from a GPU), then all parameters with sparse
+gradients take one scalars launch and one gather–update–scatter launch per variant. The result is that of the dense
+rule wherever a row without gradient stays as it is: plain SGD, Adagrad, SparseAdam. SGD with momentum moves every
+row, as torch's does, and is given every row. Under ``sparse="lazy"`` a rule sees a row only when it has a gradient:
+its moments then do not decay in between, its weight decay acts on touched rows, its step count goes on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt_kernels import launch, table
+
+from . import layout
+from .eager import EagerStep
+from .groups import GroupOptions
+from .plan import Segment
+from .rule import Rule, switched_on
+from .tables import DeviceTables, Launch
+
+
+def touched(s: Segment, options: GroupOptions) -> tuple[Tensor, Tensor]:
+    """(row numbers, values of these rows) of a segment's gradient, both contiguous."""
+    assert s.param.grad is not None
+    grad = s.param.grad.coalesce()
+    rule, shape = options.rule, s.param.shape
+    moves_all = rule.moves_all is not None and switched_on(options.hyper(rule.moves_all))
+    if moves_all and options.options.get("sparse") != "lazy":
+        layout.warn_once(
+            "dense momentum",
+            f"{rule.name} with {rule.moves_all} moves every row of a parameter, also those without a gradient, as "
+            "torch's does: its sparse gradient is made dense; sparse='lazy' moves touched rows only",
+        )
+        return torch.arange(shape[0], device=grad.device), grad.to_dense().contiguous()
+    index = grad.indices()
+    rows = index[0]
+    for i in range(1, len(index)):
+        rows = rows * shape[i] + index[i]
+    return rows.contiguous(), grad.values().contiguous()
+
+
+def _row_length(s: Segment, rows: Tensor, values: Tensor) -> int:
+    """Stored numbers in a row."""
+    n = values.numel() * (2 if values.is_complex() else 1)
+    return n // len(rows) if len(rows) else 1
+
+
+class SparseTables(DeviceTables):
+    """Tables and launches for the segments of one device whose gradients are sparse."""
+
+    def _launches(self) -> list[Launch]:
+        """The scalars launch; what follows depends on the rows touched."""
+        return super()._launches()[:1]
+
+    def set_gradients(self, addresses: list[int]) -> None:
+        """Gradients are read at `run`: each step has other rows."""
+
+    def run(self) -> None:
+        """Coalesce, upload what changed, launch."""
+        found = [touched(s, self.groups[s.group]) for s in self.segments]
+        rows = self.rows.array
+        rows[:, table.FLAGS.value] = self.base_flags
+        for row, s, (index, values) in zip(rows, self.segments, found, strict=True):
+            row[table.INDEX.value], row[table.ROW_LENGTH.value] = index.data_ptr(), _row_length(s, index, values)
+            row[table.NUMEL.value] = values.numel() * (2 if values.is_complex() else 1)
+        self.grads.array[:] = [values.data_ptr() for _, values in found]
+        self.rows.upload()
+        self.grads.upload()
+        super().run()
+        launches: list[Launch] = []
+        for key, members in self._by(self._variant).items():
+            pairs = self._pairs(members, table.CHUNK)
+            if len(pairs):
+                chunks = torch.from_numpy(pairs).to(self.device)
+                args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
+                launches.append((self._rows_spec(key), len(pairs), args))
+        self._start(launches)
+
+    def prepare(self) -> int:
+        """Compile what a step would launch; returns how many kernels were not ready."""
+        args = (self.rows.tensor, self.grads.tensor, self.counts, self.scalars, self.partials)
+        args = (*args[:2], torch.zeros((1, 2), dtype=torch.int32, device=self.device), *args[3:])
+        ready = [self.launcher.prepare(self._rows_spec(key), args) for key in self._by(self._variant)]
+        return super().prepare() + sum(ready)
+
+    def _rows_spec(self, key: Any) -> launch.KernelSpec:
+        return launch.update_spec(f"{self.rule.name}_rows", self.rule.update, self._update_variant(key), "rows")
+
+
+class EagerRows:
+    """The same with eager twins: touched rows are copied out, updated as dense segments and copied back."""
+
+    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
+        self.rule, self.segments, self.groups = rule, segments, groups
+
+    def set_hypers(self, indices: Sequence[int]) -> None:
+        """Hyper-parameters are read at each step."""
+
+    def run(self, grads: list[Tensor]) -> None:
+        """One step; ``grads`` are those of the dense segments and not used."""
+        found = [touched(s, self.groups[s.group]) for s in self.segments]
+        gathered = [_gather(s, i, *found[i]) for i, s in enumerate(self.segments)]
+        EagerStep(self.rule, gathered, self.groups).run([values for _, values in found])
+        for s, small, (rows, _) in zip(self.segments, gathered, found, strict=True):
+            for whole, part in zip(_written(s), _written(small), strict=True):
+                whole.view(-1, part.shape[1]).index_copy_(0, rows, part)
+
+
+def _gather(s: Segment, position: int, rows: Tensor, values: Tensor) -> Segment:
+    """A dense segment of a sparse one's touched rows, with its step count and scalar slots."""
+    length = values.numel() // len(rows) if len(rows) else 1
+
+    def pick(t: Tensor) -> Tensor:
+        return t.detach().view(-1, length * (t.numel() // s.weight.numel()) if len(rows) else 1)[rows]
+
+    small = Segment(s.param, s.group, position)
+    small.weight, small.slots = pick(s.weight), [pick(t) for t in s.slots]
+    small.counter, small.numbers = s.counter, s.numbers
+    small.residual = None if s.residual is None else pick(s.residual)
+    small.mask = None if s.mask is None else pick(s.mask).reshape(-1)
+    return small
+
+
+def _written(s: Segment) -> list[Tensor]:
+    """What a step changes."""
+    return [s.weight.detach(), *s.slots, *([] if s.residual is None else [s.residual])]

@@ -1,0 +1,81 @@
+"""What a step can take: parameters and gradients are checked when a plan is made, before anything is changed."""
+
+from itertools import pairwise
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
+
+from . import layout
+from .groups import GroupOptions
+from .rule import switched_on
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def check_supported(optimizer: "FusedOptimizer", p: Tensor, options: GroupOptions) -> None:
+    name = type(optimizer).__name__
+    if (grad := p.grad) is not None:
+        if grad.layout == torch.sparse_coo:
+            _check_sparse(name, p, options)
+        elif grad.layout != torch.strided:
+            raise RuntimeError(f"{name} does not support gradients of layout {grad.layout}")
+        elif options.rule.sparse == "only":
+            raise RuntimeError(f"{name} does not support dense gradients, please consider Adam instead")
+        if grad.device != p.device or grad.shape != p.shape or grad.is_complex() != p.is_complex():
+            raise RuntimeError(
+                f"a gradient of shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device} does not fit its "
+                f"parameter of shape {tuple(p.shape)} and dtype {p.dtype} on {p.device}"
+            )
+        if grad.dtype not in (*FLOAT_TYPES, *REAL_TYPE):
+            raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex gradients, got {grad.dtype}")
+    if hasattr(p, "to_local"):
+        raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
+    if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
+        raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex parameters, got {p.dtype}")
+    if layout.needs_resolving(p):
+        raise RuntimeError(
+            f"{name} cannot update a lazily conjugated or negated parameter in place; make it from "
+            ".resolve_conj().resolve_neg()"
+        )
+
+
+def _check_sparse(name: str, p: Tensor, options: GroupOptions) -> None:
+    """Refuse a sparse gradient that a rule cannot take, with torch's words where torch raises."""
+    rule, lazy = options.rule, options.options.get("sparse") == "lazy"
+    if rule.sparse in (None, "lazy") and not lazy:
+        remedy = ", or pass sparse='lazy' to update touched rows only" if rule.sparse else ""
+        raise RuntimeError(f"{name} does not support sparse gradients, please consider SparseAdam instead{remedy}")
+    if not lazy and switched_on(options.hypers[1]):
+        raise RuntimeError(
+            f"weight_decay option is not compatible with sparse gradients: {name} would have to decay every row; use "
+            "weight_decay=0, or sparse='lazy' where the rule has it"
+        )
+    if options.cautious or "max_norm" in options.options or "skip_nonfinite" in options.options:
+        raise RuntimeError(f"{name}: clipping, skipping and cautious updates do not take sparse gradients yet")
+    if not p.is_contiguous():
+        raise RuntimeError(f"{name}: a parameter with sparse gradients must be contiguous, got strides {p.stride()}")
+
+
+def check_distinct(params: list[Tensor], addresses: list[int]) -> None:
+    """All segments are updated at once, so none may share memory with another."""
+    seen: dict[int, Tensor] = {}
+    for p, address in zip(params, addresses, strict=True):
+        if p.numel() and address in seen:
+            how = "a parameter is listed twice" if seen[address] is p else "two parameters share memory"
+            raise ValueError(
+                f"{how} in param_groups (shape {tuple(p.shape)}): it would be updated twice at once; list it once"
+            )
+        seen[address] = p
+    ranges = [(a, a + p.nbytes, p.shape) for p, a in zip(params, addresses, strict=True) if layout.is_dense(p)]
+    ranges.sort(key=itemgetter(0, 1))
+    for (_, end, shape), (start, _, other) in pairwise(r for r in ranges if r[0] < r[1]):
+        if start < end:
+            raise ValueError(
+                f"parameters of shapes {tuple(shape)} and {tuple(other)} in param_groups share memory: their common "
+                "elements would be updated twice at once"
+            )
