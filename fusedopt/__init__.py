@@ -18,14 +18,35 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .options import Options
     from .rule import Rule, Slot
+    from .rules.adadelta import Adadelta
+    from .rules.adagrad import Adagrad
     from .rules.adam import Adam
+    from .rules.adamax import Adamax
     from .rules.adamw import AdamW
+    from .rules.adan import Adan
+    from .rules.ademamix import AdEMAMix
+    from .rules.adopt import ADOPT
+    from .rules.asgd import ASGD
+    from .rules.lamb import LAMB
+    from .rules.lars import LARS
+    from .rules.lion import Lion
+    from .rules.nadam import NAdam
+    from .rules.novograd import NovoGrad
+    from .rules.radam import RAdam
+    from .rules.rmsprop import RMSprop
+    from .rules.rprop import Rprop
+    from .rules.schedule_free_adamw import AdamWScheduleFree
+    from .rules.schedule_free_sgd import SGDScheduleFree
     from .rules.sgd import SGD
+    from .rules.sparse_adam import SparseAdam
+    from .rules.stable_adamw import StableAdamW
 
 __version__ = "0.1.0"
 __all__ = [
-    "SGD", "Adam", "AdamW", "FusedOptimizer", "Optimizer", "Options", "Rule", "Slot", "__version__", "flatten_",
-    "make_rule", "unflatten_",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
+    "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "NAdam", "NovoGrad", "Optimizer",
+    "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam", "StableAdamW",
+    "__version__", "flatten_", "make_rule", "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {

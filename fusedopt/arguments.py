@@ -33,6 +33,13 @@ def check_nonnegative(name: str, value: float | torch.Tensor) -> None:
         raise ValueError(f"Invalid {name} value: {value}; it must be at least 0")
 
 
+def check_at_least(name: str, value: float | torch.Tensor, least: float = 0) -> None:
+    """value ≥ least, in the words of torch.optim's newer classes."""
+    check_number(name, value)
+    if not value >= least:
+        raise ValueError(f"{name} should be >= {least} but is: {value}")
+
+
 def check_positive(name: str, value: float | torch.Tensor) -> None:
     """value > 0."""
     check_number(name, value)

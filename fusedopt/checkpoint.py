@@ -57,7 +57,7 @@ def restore(optimizer: "FusedOptimizer") -> None:
             if isinstance(step := state.get("step"), int | float):
                 state["step"] = number_tensor(step, p.device)
     for group in optimizer.param_groups:
-        for key, value in optimizer.defaults.items():
+        for key, value in optimizer.defaults_of(group).items():
             group.setdefault(key, value)
         if optimizer.rule_of(group).decay == "decoupled" and "decoupled_weight_decay" in group:
             group["decoupled_weight_decay"] = True

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fusedopt_kernels.numerics import compute_type
+from fusedopt_kernels import table
+from fusedopt_kernels.numerics import REAL_TYPE, compute_type
 
 from .blocks import Lane, Port, Task, Workers, tasks_of
+from .conditions import Conditions, StepNumbers
 from .groups import GroupOptions
-from .norm import clip_coefficient, eager_norm, square_sum
+from .norm import Sums, clip_coefficient, eager_sums, norm_of, square_sum
 from .plan import Segment
 from .rule import Rule
 from .tables import transforms
@@ -24,36 +27,47 @@ class EagerStep:
 
     def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
         self.rule, self.segments, self.groups = rule, segments, groups
-        options = groups[segments[0].group].options
-        self.max_norm = float(options.get("max_norm", float("inf")))
-        self.skip_nonfinite = bool(options.get("skip_nonfinite", False))
-        self.with_norm = rule.grad_norm or "max_norm" in options or "skip_nonfinite" in options
         lengths = [s.numel for s in segments]
         self.tasks = tasks_of(lengths)
         self.workers = Workers(max(lengths), segments[0].weight.device)
         self.ports = [_ports(s) for s in segments]
+        self._sums = Sums(0.0, 0.0, [])
+        self._scaled = False
+        self.skipped = False
         self._programs: dict[Any, Program] = {}
         self._scalars: dict[tuple[int, float], tuple[float, ...]] = {}
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Hyper-parameters are read when scalars are computed; nothing to upload."""
 
-    def run(self, grads: list[Tensor]) -> None:
-        """One step over all segments; ``grads`` are those of the whole plan, by segment position."""
+    def totals(self, grads: list[Tensor]) -> Sums:
+        """Sums over this part's gradients; ``grads`` are those of the whole plan, by segment position."""
+        with np.errstate(all="ignore"):
+            self._sums = eager_sums([grads[s.position] for s in self.segments], self.workers)
+        return self._sums
+
+    def run(self, grads: list[Tensor], conditions: Conditions | None = None) -> None:
+        """One step over all segments under a step's conditions; after `totals` where the norm is of several parts."""
+        conditions = conditions or Conditions(self.groups, False, {})
         own = [grads[s.position] for s in self.segments]
-        clip, norms = 1.0, [0.0] * len(own)
+        wide = any(REAL_TYPE.get(g.dtype, g.dtype) == torch.float64 for g in own)
+        needs_own = self.rule.grad_norm or any(self.groups[s.group].clips_alone for s in self.segments)
+        mode = conditions.norm_mode
+        if mode == table.OWN_NORM.value or (needs_own and mode != table.SUMMED_NORM.value):
+            self.totals(grads)
         with np.errstate(all="ignore"):  # norms and scalars may be infinite, as on the device
-            if self.with_norm:
-                norm, finite, norms = eager_norm(own, self.workers)
-                if not finite and self.skip_nonfinite:
-                    return
-                clip = clip_coefficient(norm, self.max_norm)
+            step = StepNumbers.of(conditions, self._sums, wide)
+            self.skipped = step.skip
+            if step.skip:
+                return
+            self._scaled = conditions.scaled or mode != table.NO_NORM.value or self.rule.grad_norm
+            norms = [norm_of(x, wide) * step.inverse for x in self._sums.own] if needs_own else [0.0] * len(own)
             self._scalars.clear()
             self._programs.clear()
             ports = [
                 (Port(g, first[0].compute), *first) for g, first in zip(own, self.ports, strict=True)
             ]  # gradient, parameter, state, mask
-            numbers = [self._numbers(s, clip, norm) for s, norm in zip(self.segments, norms, strict=True)]
+            numbers = [self._numbers(s, step, norm) for s, norm in zip(self.segments, norms, strict=True)]
             if self.rule.n_norms or any(group.cautious for group in self.groups):
                 numbers = self._measured(ports, numbers)
             programs = [self._program(s, *n) for s, n in zip(self.segments, numbers, strict=True)]
@@ -69,26 +83,37 @@ class EagerStep:
         self.workers.run(update, self.tasks)
 
     # ------------------------------------------------------------------------------------------------- scalars
-    def _numbers(self, segment: Segment, clip: float, norm: float) -> tuple[Scalars, Scalars]:
-        """Engine scalars (coefficient, l2, decay) and the rule's own in the compute type, after counting this step."""
+    def _numbers(self, segment: Segment, step: StepNumbers, norm: float) -> tuple[Scalars, Scalars]:
+        """Engine scalars (see ``coefficient.py``) and the rule's own in the compute type, after counting this step."""
         t = 1.0
         if segment.counter is not None:
             t = segment.counter.item() + 1.0
             segment.counter.fill_(t)
+        group = self.groups[segment.group]
         key = (segment.group, t)
         known = self._scalars.get(key)
         if known is None:
-            group = self.groups[segment.group]
+            numbers = {column: float(x) for column, x in group.numbers.items()}
+            clipped = norm if group.clips_alone else step.norm
+            clip = clip_coefficient(clipped, numbers[table.CLIP_NORM.value]) if step.with_norm else 1.0
             hyper = tuple(float(h) for h in group.hypers)
-            l2 = 0.0 if group.decoupled or self.rule.decay == "own" else hyper[1]
-            scalars = self._rule_scalars(segment, hyper, t, norm * clip)
-            decay = (*scalars, hyper[0] * hyper[1])[self.rule.n_scalars] if group.decoupled else 0.0
-            known = (clip, l2, decay, *scalars[: self.rule.n_scalars])
-            if not segment.numbers and not self.rule.grad_norm:
+            rules = self._rule_scalars(segment, hyper, t, norm * clip)
+            share = (*rules, hyper[0] * hyper[1])[self.rule.n_scalars]
+            if group.independent:
+                share = hyper[1] * (hyper[0] / numbers[table.LR_INITIAL.value])
+            known = (
+                step.inverse * clip,
+                0.0 if group.decoupled or self.rule.decay == "own" else hyper[1],
+                share if group.decoupled else 0.0,
+                numbers[table.L1.value],
+                numbers[table.CLIP_VALUE.value],
+                *rules[: self.rule.n_scalars],
+            )
+            if not (segment.numbers or self.rule.grad_norm or group.clips_alone):
                 self._scalars[key] = known
         number = scalar_type(compute_type(segment.weight.dtype))
         values = tuple(map(number, known))
-        return values[:3], values[3:]
+        return values[:5], values[5:]
 
     def _rule_scalars(self, segment: Segment, hyper: Scalars, t: float, norm: float) -> tuple[float, ...]:
         """The rule's own scalars; renews the segment's scalar slots."""
@@ -142,7 +167,7 @@ class EagerStep:
             tape, g, p, state = self._tape(segment, e, extra=segment.mask is not None)
             descent, new = self.rule.update_eager(g, p, state, s, group.variant)
             if group.cautious:
-                descent = where_eager(_agrees(descent, g), descent * e[3], 0.0)
+                descent = where_eager(_agrees(descent, g), descent * e[5], 0.0)
             if e[2] != 0.0:
                 total = descent + e[2] * p
                 descent = where_eager(_agrees(descent, 0.0 - p), descent, total) if group.cautious_decay else total
@@ -172,7 +197,7 @@ class EagerStep:
         group = self.groups[segment.group]
         tape = Tape(2 + len(segment.slots) + extra)
         g, p, *state = (Values(tape, i) for i in range(2 + len(segment.slots)))
-        for transform in transforms(self.with_norm, group.decoupled, self.rule.decay == "own"):
+        for transform in transforms(group, self._scaled):
             g = transform.apply_eager(g, p, int(group.maximize) << 1, e)
         return tape, g, p, tuple(state)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:
     return float(np.add.reduce(squares))
 
 
-def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool, list[float]]:
-    """(L2 norm of all gradients, whether every element is finite, norm of each gradient).
+class Sums(NamedTuple):
+    """Of some gradients: sum of squares, 1.0 if an element is inf or NaN, sum of squares of each."""
 
-    Rounded to fp32 once, unless a gradient is fp64 or the norm lies beyond fp32's range; agrees with the kernels
-    within one ulp.
-    """
+    square: float
+    bad: float
+    own: list[float]
+
+
+def eager_sums(grads: Sequence[Tensor], workers: Workers) -> Sums:
+    """Sums in fp64, block after block; the norms agree with the kernels' within one ulp."""
     flats = [layout.flat(g) for g in grads]
-    wide = any(g.dtype == torch.float64 for g in flats)
     ports = [Port(g, torch.float64 if g.dtype == torch.float64 else torch.float32) for g in flats]
     tasks = tasks_of([g.numel() for g in flats])
     sums: dict[Task, float] = {}
@@ -45,10 +49,11 @@ def eager_norm(grads: Sequence[Tensor], workers: Workers) -> tuple[float, bool, 
     for task in tasks:
         total += sums[task]
         own[task.index] += sums[task]
-    return _rounded_root(total, wide), all(finite.values()), [_rounded_root(x, wide) for x in own]
+    return Sums(total, float(not all(finite.values())), own)
 
 
-def _rounded_root(square: float, wide: bool) -> float:
+def norm_of(square: float, wide: bool) -> float:
+    """Root, rounded to fp32 once unless ``wide`` (a gradient is fp64) or beyond fp32's range."""
     norm = math.sqrt(square) if square == square else math.nan
     narrow = float(np.float32(norm))
     return norm if wide or narrow == math.inf else narrow

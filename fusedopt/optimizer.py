@@ -7,18 +7,16 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from fusedopt_kernels import launch, numerics
+from fusedopt_kernels import launch
 
 from . import buffers, checkpoint, compiled, flatten, options
 from .arguments import check_backend, check_flags
-from .eager import EagerStep
 from .groups import GroupOptions
 from .options import Options
+from .parts import Parts
 from .plan import Plan, Segment
 from .rule import Rule
-from .sparse import EagerRows, SparseTables
 from .state import MASK, init_state
-from .tables import DeviceTables
 from .upload import capturing
 from .warmup import compile_variants
 
@@ -39,6 +37,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[Rule]
     backend: str = "auto"
     _plan: Plan | None = None
+    _parts: Parts
+    _total_norm: float | Tensor | None = None
     _launcher: launch.Launcher = _LAUNCHER
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **chosen: Unpack[Options]) -> None:
@@ -48,13 +48,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
         self._forget_plan()
-        self._captures: list[tuple[Plan, list[DeviceTables]]] = []
+        self._captures: list[tuple[Plan, Parts]] = []
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
         """The rule that updates a group's parameters."""
         return self.rule
+
+    def defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Group keys of that rule, with their defaults."""
+        return self.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options of ours among its keys hold for it alone.
@@ -63,7 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option that its rule cannot follow; nothing is added then.
         """
         if isinstance(param_group, dict):
-            chosen = options.of_group(param_group, self._options)
+            chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
             for name in options.DEFAULTS:
@@ -72,17 +76,32 @@ class FusedOptimizer(torch.optim.Optimizer):
                 param_group[options.KEY] = chosen
         super().add_param_group(param_group)
 
+    @property
+    def _tables(self) -> list[Any]:
+        """Parts of the present plan that run kernels."""
+        return [] if self._plan is None else self._parts.tables
+
+    @property
+    def _eager(self) -> list[Any]:
+        """Parts of the present plan that run twins."""
+        return [] if self._plan is None else self._parts.eager
+
     # ---------------------------------------------------------------------------------------------------- step
     def _patch_step_function(self) -> None:
         """torch would wrap ``step`` of every class anew; the hooks run in the one below, once for every subclass."""
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{type(self).__name__}.zero_grad"
 
     @torch.optim.Optimizer.profile_hook_step
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's overloads
+    def step(self, closure: Callable[[], Any] | None = None, *, total_norm: float | Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's overloads
         """One optimization step over every parameter that has a gradient; returns the closure's result.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+            total_norm: norm of the gradients to clip by and to decide on skipping with, float or 0-dim tensor, when
+                they are not all this optimizer's (several optimizers, pipeline stages); default: measured here.
+
+        Raises:
+            ValueError: total_norm without an option that uses it.
         """
         loss = None
         if closure is not None:
@@ -91,8 +110,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             compiled.step(self)
         else:
-            with torch.no_grad():
-                self._step()
+            self._total_norm = total_norm
+            try:
+                with torch.no_grad():
+                    self._step()
+            finally:
+                self._total_norm = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -118,19 +141,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or changed is None:
             plan = self._build()
         elif changed:
-            for part in (*self._tables, *self._eager):
-                part.set_hypers(changed)
+            self._parts.set_hypers(changed)
         self._run(plan, grads)
 
     def _run(self, plan: Plan, grads: list[Tensor] | None) -> None:
         if grads is not None:
             plan.replace_gradients(grads)
         plan.pack()
-        for tables in self._tables:
-            tables.set_gradients(plan.grad_addresses)
-            tables.run()
-        for part in self._eager:
-            part.run(plan.grads)
+        self._parts.run(plan, self._total_norm)
         plan.unpack()
 
     def _capture(self, grads: list[Tensor] | None) -> None:
@@ -139,59 +157,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         A replay reads the addresses that were captured, whatever later steps upload or rebuild.
         """
         plan = self._build()
-        if self._eager:
+        if self._parts.eager:
             raise RuntimeError("only Triton kernels can be captured in a CUDA graph: eager twins read from the device")
         if any(group.on_host for group in plan.groups):
             raise RuntimeError(
                 "a hyper-parameter is a CPU tensor, whose changes a captured CUDA graph would not see; "
                 "make it a tensor on the GPU, or a float to keep its value in the graph"
             )
-        self._captures.append((plan, self._tables))
+        self._captures.append((plan, self._parts))
         self._run(plan, grads)
         self._forget_plan()
 
     def _forget_plan(self) -> None:
         """Drop the plan and everything it holds: state, packed parameters, device tables."""
         self._plan = None
-        self._tables: list[DeviceTables] = []
-        self._eager: list[Any] = []
+        self.__dict__.pop("_parts", None)
         self._written: list[Tensor] = []
 
     def _build(self) -> Plan:
         """A new plan from what is there now, and its parts by device."""
         self._forget_plan()
         plan = Plan(self)
-        parts: dict[tuple[torch.device, Rule, bool], list[Segment]] = {}
-        for segments, is_sparse in ((plan.segments, False), (plan.sparse, True)):
-            for s in segments:
-                parts.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
-        for (device, rule, is_sparse), segments in parts.items():
-            if self._runs_kernels(device):
-                kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
-                tables = kind(rule, segments, plan.groups, self._launcher)
-                tables.set_hypers(range(len(plan.groups)))
-                self._tables.append(tables)
-            else:
-                step = EagerRows if is_sparse else rule.eager_part or EagerStep
-                self._eager.append(step(rule, segments, plan.groups))
+        self._parts = Parts(plan, self.backend, self._launcher)
         self._plan = plan
         if any(map(buffers.is_placed, plan.params)):
             self._written = flatten.bases(plan.params)
         return plan
-
-    def _runs_kernels(self, device: torch.device) -> bool:
-        if device.type == "cpu" and self.backend == "triton" and not self._launcher.accepts_cpu:
-            raise RuntimeError(
-                "backend='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 in the environment "
-                "before Python starts, move the parameters to a GPU, or use backend='eager'"
-            )
-        kernels = self.backend == "triton" or (self.backend == "auto" and device.type == "cuda")
-        if kernels and device.type == "cuda" and numerics.INTERPRETED:
-            raise RuntimeError(
-                "kernels run in the interpreter (TRITON_INTERPRET=1), which cannot read GPU memory: unset the variable "
-                "before Python starts, move the parameters to the CPU, or use backend='eager'"
-            )
-        return kernels
 
     # --------------------------------------------------------------------------------------------------- state
     def materialize_state(self) -> None:
@@ -259,7 +250,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = dict(state["defaults"] if "defaults" in state else self.defaults)
         super().__setstate__(state)
+        self.defaults = defaults  # torch adds `differentiable`, also to classes that do not know it
         self._forget_plan()
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_options", {})

@@ -6,6 +6,9 @@ Those that differ from torch's behaviour live in the one group key ``"fusedopt"`
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
+from torch import Tensor
+
+from .arguments import check_number
 from .rule import Rule
 
 KEY = "fusedopt"
@@ -21,6 +24,24 @@ class Options(TypedDict, total=False):
     backend: ``"auto"`` (default) runs Triton kernels on GPU tensors and eager twins on others; ``"triton"`` insists
     on kernels; ``"eager"`` runs the twins everywhere. For the whole optimizer.
 
+    clip_grad_norm: largest L2 norm of the gradients after unscaling, float or one-element tensor; default None. Each
+    gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
+    its way into the update: ``p.grad`` is left as it is. clip_scope: ``"global"`` (default) clips the norm of all the
+    optimizer's gradients, ``"tensor"`` each parameter's own.
+
+    clip_grad_value: largest magnitude of a gradient element, after norm clipping; float or tensor, default None.
+
+    skip_nonfinite: a step whose gradients hold inf or NaN changes nothing; default False. skip_norm_above: likewise a
+    step whose norm before clipping is above this, or is not finite; float or tensor, default None. Both are decided on
+    the device, for the whole optimizer: groups must agree.
+
+    l1: coupled L1 penalty, l1·sign(p) is added to the gradient; float or tensor, default 0.
+
+    decay_mode: ``"lr"`` (default): decoupled decay takes off lr·weight_decay·p. ``"independent"``: it takes off
+    weight_decay·(lr/lr_initial)·p, so that it follows the schedule but not the size of the learning rate; lr_initial is
+    the group's ``initial_lr`` if a scheduler set one, else its lr when it was added. Loshchilov & Hutter (2019),
+    "Decoupled Weight Decay Regularization", Algorithm 2 with η = lr/lr_initial.
+
     cautious: update only where descent and gradient agree in sign, scaled by n/(agreeing + 1) of each parameter;
     default False. Liang, Chen, Liu, Liu (2024), "Cautious Optimizers", Algorithm 1.
 
@@ -32,12 +53,23 @@ class Options(TypedDict, total=False):
     """
 
     backend: Literal["auto", "triton", "eager"]
+    clip_grad_norm: float | Tensor | None
+    clip_scope: Literal["global", "tensor"]
+    clip_grad_value: float | Tensor | None
+    skip_nonfinite: bool
+    skip_norm_above: float | Tensor | None
+    l1: float | Tensor
+    decay_mode: Literal["lr", "independent"]
     cautious: bool
     cautious_decay: bool
     sparse: Literal["error", "lazy"]
 
 
-DEFAULTS: dict[str, Any] = {"cautious": False, "cautious_decay": False, "sparse": "error"}
+DEFAULTS: dict[str, Any] = {
+    "clip_grad_norm": None, "clip_scope": "global", "clip_grad_value": None, "skip_nonfinite": False,
+    "skip_norm_above": None, "l1": 0.0, "decay_mode": "lr", "cautious": False, "cautious_decay": False,
+    "sparse": "error",
+}  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
 
@@ -56,30 +88,56 @@ def given(name: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
 def of_group(group: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
     """What goes under a new group's key: nothing when every option is at its default."""
     chosen = {**inherited, **group.get(KEY, {}), **{k: group[k] for k in DEFAULTS if k in group}}
-    chosen = {k: v for k, v in chosen.items() if k not in DEFAULTS or v != DEFAULTS[k]}
+    chosen = {k: v for k, v in chosen.items() if isinstance(v, Tensor) or k not in DEFAULTS or v != DEFAULTS[k]}
     chosen.pop("version", None)
+    if chosen.get("decay_mode") == "independent":
+        chosen.setdefault("lr_initial", float(group["lr"]))
     return {"version": FORMAT_VERSION, **chosen} if chosen else {}
+
+
+def lr_initial(group: Mapping[str, Any]) -> float:
+    """What ``decay_mode="independent"`` divides lr by."""
+    return float(group.get("initial_lr", group.get(KEY, {}).get("lr_initial", 1.0)))
 
 
 def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Refuse an option that has no meaning for a rule under a group's other options.
 
     Raises:
-        ValueError: names the option and what to do.
+        TypeError, ValueError: names the option and what to do.
     """
-    for name in ("cautious", "cautious_decay"):
-        if not isinstance(options.get(name, False), bool):
-            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    for name, default in DEFAULTS.items():
+        value = options.get(name, default)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
+        if name in NUMBERS and value is not None:
+            _check_limit(name, value)
     if options.get("cautious") and (rule.n_norms or not rule.cautious):
-        why = (
-            "its step is scaled by norms of the whole step" if rule.n_norms else "its step does not follow the gradient"
-        )
+        why = "its step is scaled by norms of all of it" if rule.n_norms else "its step does not follow the gradient"
         raise ValueError(f"cautious=True is not defined for {rule.name}: {why}; leave it out")
-    if options.get("cautious_decay") and not rule.decoupled(group):
-        raise ValueError(
-            f"cautious_decay=True needs decoupled weight decay, which {rule.name} does not have under these options"
-        )
-    if options.get("sparse", "error") not in ("error", "lazy"):
-        raise ValueError(f"sparse must be 'error' or 'lazy', got {options['sparse']!r}")
+    for name in ("cautious_decay", "decay_mode"):
+        if options.get(name, DEFAULTS[name]) != DEFAULTS[name] and not rule.decoupled(group):
+            raise ValueError(
+                f"{name}={options[name]!r} needs decoupled weight decay, which {rule.name} does not have under these "
+                "options"
+            )
+    if options.get("decay_mode") == "independent" and lr_initial({**group, KEY: options}) <= 0.0:
+        raise ValueError("decay_mode='independent' divides by the initial lr, which is 0: start from an lr above 0")
     if options.get("sparse") == "lazy" and rule.sparse in (None, "only"):
         raise ValueError(f"sparse='lazy' is not defined for {rule.name}; make its gradients dense (sparse=False)")
+
+
+CHOICES = {"clip_scope": ("global", "tensor"), "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy")}
+NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "l1")
+
+
+def _check_limit(name: str, value: Any) -> None:
+    check_number(name, value)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a one-element tensor, got shape {tuple(value.shape)}")
+        return  # its value may change on the device
+    if not value >= 0.0 or (value == 0.0 and name != "l1"):
+        raise ValueError(f"{name} must be {'at least' if name == 'l1' else 'above'} 0, got {value!r}")

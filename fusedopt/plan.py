@@ -29,24 +29,32 @@ _params = itemgetter("params")
 class Segment:
     """One parameter of the step: where its numbers are and how they are laid out.
 
-    weight: the parameter, or its packed copy when it has gaps. grad_buffer: where a gradient of another layout is
-    copied to, or None. slots: state tensors in the rule's order. numbers: its scalar slots, 0-dim. counter: 0-dim
-    step count, or None. mask: a byte per stored number, 0 where it may not change; or None.
+    weight: the parameter, or its packed copy when it has gaps or, ``in_order``, is not contiguous. grad_buffer: where
+    a gradient of another layout is copied to, or None. slots: state tensors in the rule's order. numbers: its scalar
+    slots, 0-dim. counter: 0-dim step count, or None. mask: a byte per stored number, 0 where it may not change; or
+    None.
     """
 
     __slots__ = (
         "counter", "grad_buffer", "group", "mask", "numbers", "param", "position", "residual", "slots", "weight",
     )  # fmt: skip
 
-    def __init__(self, param: Tensor, group: int, position: int) -> None:
+    def __init__(self, param: Tensor, group: int, position: int, in_order: bool = False) -> None:
         self.param, self.group, self.position = param, group, position
-        self.weight = param if layout.is_dense(param) else _packed(param)
+        fits = param.is_contiguous() if in_order else layout.is_dense(param)
+        self.weight = param if fits else _packed(param, in_order)
         self.grad_buffer: Tensor | None = None
         self.slots: list[Tensor] = []
         self.numbers: list[Tensor] = []
         self.mask: Tensor | None = None
         self.residual: Tensor | None = None
         self.counter: Tensor | None = None
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Dtype of the gradient."""
+        assert self.param.grad is not None
+        return self.param.grad.dtype
 
     @property
     def numel(self) -> int:
@@ -71,7 +79,8 @@ class Plan:
                 else:
                     check_supported(optimizer, p, self.groups[index])
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
-                    members.append(Segment(p, index, len(members)))
+                    in_order = self.groups[index].rule.kernel_part is not None  # matrix rules see rows and columns
+                    members.append(Segment(p, index, len(members), in_order))
         for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
         drop_counters(optimizer)
@@ -212,7 +221,7 @@ def _state_values(optimizer: "FusedOptimizer") -> list[Any]:
         return [v for s in optimizer.state.values() for v in (s.values() if isinstance(s, dict) else (s,))]
 
 
-def _packed(param: Tensor) -> Tensor:
+def _packed(param: Tensor, in_order: bool) -> Tensor:
     if layout.overlaps_itself(param):
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has elements that share "
@@ -220,10 +229,11 @@ def _packed(param: Tensor) -> Tensor:
         )
     layout.warn_once(
         "packed",
-        "a parameter with gaps between its elements is packed and unpacked at every step; make it contiguous to "
-        "save two copies",
+        "a parameter with gaps between its elements (for a matrix rule: one that is not contiguous) is packed and "
+        "unpacked at every step; make it contiguous to save two copies",
     )
-    return torch.empty_like(param.detach(), memory_format=torch.preserve_format)
+    memory_format = torch.contiguous_format if in_order else torch.preserve_format
+    return torch.empty_like(param.detach(), memory_format=memory_format)
 
 
 def _fits(grad: Tensor, weight: Tensor) -> bool:

@@ -45,6 +45,8 @@ class Slot:
     dtype), which ``scalars`` reads and renews. Scalars come last. init: ``"zeros"``, ``"param"`` (a copy of the
     parameter), a hyper-parameter's name (its value) or a number. when: the group key that must be non-zero for the
     slot to exist, or None. wide: a scalar that is fp64 always (sums over many steps, numbers of fp64 parameters).
+    shape: for matrix rules, gives the slot's shape for a parameter, or None where it has no such slot; without it a
+    slot is like the parameter.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Slot:
     init: str | float = "zeros"
     when: str | None = None
     wide: bool = False
+    shape: Callable[[torch.Tensor], tuple[int, ...] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,8 @@ class Rule:
     grad_norm: whether ``scalars`` takes the norm of the parameter's gradient.
     cautious: whether the descent is a step against the gradient, so that a cautious mask has a meaning.
     kernel_part, eager_part: for matrix rules, the classes that run their steps in the place of `DeviceTables` and
-    `EagerStep`.
+    `EagerStep`, or functions that return lists of such. small: where kernels depend on the shape, that of a small
+    parameter that takes the same ones.
     sparse: ``"rows"`` if the rule takes sparse gradients as torch does, ``"only"`` if it takes no others, ``"lazy"`` if
     it takes them only under ``sparse="lazy"``, None if never.
     moves_all: group key that, when on, makes rows without a gradient move as well (momentum).
@@ -96,6 +100,7 @@ class Rule:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     kernel_part: Any = None
     eager_part: Any = None
+    small: Callable[[torch.Tensor], tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         kinds = [slot.kind == "scalar" for slot in self.state]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fusedopt_kernels import launch, table
 
 from . import layout
+from .conditions import Conditions
 from .eager import EagerStep
 from .groups import GroupOptions
 from .plan import Segment
@@ -52,9 +53,9 @@ def _row_length(s: Segment, rows: Tensor, values: Tensor) -> int:
 class SparseTables(DeviceTables):
     """Tables and launches for the segments of one device whose gradients are sparse."""
 
-    def _launches(self) -> list[Launch]:
-        """The scalars launch; what follows depends on the rows touched."""
-        return super()._launches()[:1]
+    def _update_launches(self) -> list[Launch]:
+        """What follows the scalars launch depends on the rows touched."""
+        return []
 
     def set_gradients(self, addresses: list[int]) -> None:
         """Gradients are read at `run`: each step has other rows."""
@@ -100,11 +101,11 @@ class EagerRows:
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Hyper-parameters are read at each step."""
 
-    def run(self, grads: list[Tensor]) -> None:
+    def run(self, grads: list[Tensor], conditions: Conditions) -> None:
         """One step; ``grads`` are those of the dense segments and not used."""
         found = [touched(s, self.groups[s.group]) for s in self.segments]
         gathered = [_gather(s, i, *found[i]) for i, s in enumerate(self.segments)]
-        EagerStep(self.rule, gathered, self.groups).run([values for _, values in found])
+        EagerStep(self.rule, gathered, self.groups).run([values for _, values in found], conditions)
         for s, small, (rows, _) in zip(self.segments, gathered, found, strict=True):
             for whole, part in zip(_written(s), _written(small), strict=True):
                 whole.view(-1, part.shape[1]).index_copy_(0, rows, part)

@@ -43,11 +43,13 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
     elif options.slots:
         segment.counter = _hidden_counter(optimizer, p, fresh)
     for slot in options.slots:
-        have = state.get(slot.name)
-        if have is None:
-            have = _make_slot(slot, segment, options)
-        state[slot.name] = _fit(slot.name, have, segment.weight)
-        segment.slots.append(state[slot.name])
+        like = _like(slot, segment)
+        if like is not None:
+            have = state.get(slot.name)
+            if have is None:
+                have = _make_slot(slot, like, segment, options)
+            state[slot.name] = _fit(slot.name, have, like)
+            segment.slots.append(state[slot.name])
     for slot in rule.scalar_slots:
         have = state.get(slot.name)
         state[slot.name] = number_tensor(_initial(slot, options) if have is None else have, p.device, slot.wide)
@@ -71,7 +73,8 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
 def _check_ready(optimizer: "FusedOptimizer", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
     """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
     rule = options.rule
-    needed = [state.get(slot.name) for slot in (*options.slots, *rule.scalar_slots)]
+    slots = [slot for slot in options.slots if slot.shape is None or slot.shape(p) is not None]
+    needed = [state.get(slot.name) for slot in (*slots, *rule.scalar_slots)]
     needed.extend([state[MASK]] if state.get(MASK) is not None else [])
     if rule.counts_in_state:
         needed.append(state.get("step"))
@@ -86,7 +89,15 @@ def _check_ready(optimizer: "FusedOptimizer", p: Tensor, state: dict[str, Any], 
         )
 
 
-def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tensor:
+def _like(slot: Slot, segment: "Segment") -> Tensor | None:
+    """A tensor as the slot should be laid out; None if the parameter has no such slot."""
+    if slot.shape is None:
+        return segment.weight
+    shape = slot.shape(segment.param)
+    return None if shape is None else segment.weight.new_empty(shape)
+
+
+def _make_slot(slot: Slot, like: Tensor, segment: "Segment", options: "GroupOptions") -> Tensor:
     dtype = options.options.get("state_dtype", {}).get(slot.name)
     if dtype is None and "weights" in options.options:
         dtype = torch.float32
@@ -98,7 +109,7 @@ def _make_slot(slot: Slot, segment: "Segment", options: "GroupOptions") -> Tenso
                 f"state {slot.name!r} takes its parameter's dtype, {dtype}, as torch.optim does: a running average "
                 "of squares gets stuck at that precision; keep parameters in fp32 where you can",
             )
-    state = torch.zeros_like(segment.weight.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    state = torch.zeros_like(like.detach(), dtype=dtype, memory_format=torch.preserve_format)
     if slot.init == "param":
         return state.copy_(segment.param.detach())
     value = _initial(slot, options)

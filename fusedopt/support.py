@@ -55,7 +55,7 @@ def _check_sparse(name: str, p: Tensor, options: GroupOptions) -> None:
             f"weight_decay option is not compatible with sparse gradients: {name} would have to decay every row; use "
             "weight_decay=0, or sparse='lazy' where the rule has it"
         )
-    if options.cautious or "max_norm" in options.options or "skip_nonfinite" in options.options:
+    if options.cautious or options.wants_norm:
         raise RuntimeError(f"{name}: clipping, skipping and cautious updates do not take sparse gradients yet")
     if not p.is_contiguous():
         raise RuntimeError(f"{name}: a parameter with sparse gradients must be contiguous, got strides {p.stride()}")

@@ -1,12 +1,12 @@
-"""The Triton side of a plan: device tables, chunk maps and kernel variants of one device.
+"""The Triton side of a plan: chunk maps, kernel variants and launches of one device.
 
-Built once per plan; a steady step uploads gradient addresses if they moved, hyper-parameters if they changed, and
-launches: one norm kernel per gradient dtype when a norm is wanted, one scalars kernel, one update kernel per
-variant (two for two-pass rules). Segments are launched last chunk first, so that the update starts with what the
-norm pass read last, which is still in L2.
+A step is one norm kernel per gradient dtype when a norm is wanted, one scalars kernel, one update kernel per variant
+(two for two-pass rules). Segments are launched last chunk first, so that the update starts with what the norm pass
+read last, which is still in L2.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,169 +14,109 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels import launch, table
-from fusedopt_kernels.grad import coefficient, l2, maximize
-from fusedopt_kernels.numerics import REAL_TYPE, compute_type
+from fusedopt_kernels.grad import coefficient, l1, l2, limit, maximize
+from fusedopt_kernels.numerics import compute_type
 from fusedopt_kernels.param import plain, split16
 from fusedopt_kernels.state import wide
 
 from .groups import GroupOptions
 from .plan import Segment
+from .rows import Rows
 from .rule import Rule
-from .upload import DeviceTable, capturing, reserve
 
 Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
 """(spec, grid, pointer arguments)."""
+
+_grad_dtype = attrgetter("grad_dtype")
 
 WEIGHTS: dict[str | None, Any] = {None: plain, "split16": split16}
 """Weight formats by name."""
 
 
-def transforms(with_norm: bool, decoupled: bool, own: bool) -> tuple[Any, ...]:
-    """Gradient transforms of a variant, in the order of a step."""
-    clip = (coefficient,) if with_norm else ()
-    return (*clip, maximize, *(() if decoupled or own else (l2,)))
+def transforms(group: GroupOptions, scaled: bool) -> tuple[Any, ...]:
+    """Gradient transforms of a group, in the order of a step; scaled: gradients have a coefficient."""
+    chosen = (
+        (coefficient, scaled),
+        (limit, group.clips_value),
+        (maximize, True),
+        (l2, not (group.decoupled or group.rule.decay == "own")),
+        (l1, group.l1),
+    )
+    return tuple(transform for transform, on in chosen if on)
 
 
-class DeviceTables:
-    """Tables and launches for the segments that live on one device."""
+class DeviceTables(Rows):
+    """Tables and launches for the segments of one rule that live on one device."""
 
     def __init__(
         self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], launcher: launch.Launcher
     ) -> None:
-        self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, launcher
-        self.device = segments[0].weight.device
-        options = groups[segments[0].group].options
-        self.with_norm = rule.grad_norm or "max_norm" in options or "skip_nonfinite" in options
-        self.positions = np.array([s.position for s in segments])
-        self.base_flags = np.array([self._base_flags(s) for s in segments], dtype=np.int64)
-        self.fixed_misaligned = np.array([not _aligned(s) for s in segments])
-        n, ng = len(segments), len(groups)
-        self.rows = DeviceTable((n, table.ROW_WIDTH.value), torch.int64, self.device)
-        self.grads = DeviceTable((n,), torch.int64, self.device)
-        self.hypers = DeviceTable((ng, table.HYPER_WIDTH.value), torch.float64, self.device)
-        self.addresses = DeviceTable((ng, table.HYPER_WIDTH.value), torch.int64, self.device)
-        self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
-        self._constants: list[DeviceTable] = []
-        self._last_addresses: list[int] = []
-        self._misaligned: np.ndarray | None = None  # None: the rows were never uploaded
-        self._mirrors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._fill_rows()
-        self._fill_header(options)
-        self.launches = self._launches()
-        if self.device.type == "cuda" and not capturing():
-            tables = (self.rows, self.grads, self.hypers, self.addresses, *self._constants)
-            reserve(sum(t.array.nbytes + 8 for t in tables))
+        self._by_use: dict[tuple[int, bool], list[Launch]] = {}
+        self._extra: dict[str, list[Launch]] = {}
+        super().__init__(rule, segments, groups, launcher)
 
-    # ------------------------------------------------------------------------------------------------- tables
-    def _base_flags(self, segment: Segment) -> int:
-        group = self.groups[segment.group]
-        flags = table.MAXIMIZE.value if group.maximize else 0
-        flags |= table.DECOUPLED.value if group.decoupled else 0
-        flags |= table.OWN_DECAY.value if self.rule.decay == "own" else 0
-        if segment.counter is not None and segment.counter.dtype == torch.float64:
-            flags |= table.STEP_IS_FP64.value
-        return flags
+    @property
+    def launches(self) -> list[Launch]:
+        """Every launch of a step under the present conditions, in order."""
+        use = self.norm_mode, self.scaled
+        if use not in self._by_use:
+            before = self._norm_launches(self.norm_mode != table.OWN_NORM.value) if self._sums_partials else []
+            self._by_use[use] = [*before, self._scalars_launch(), *self._update_launches()]
+        return self._by_use[use]
 
-    def _fill_rows(self) -> None:
-        rows = self.rows.array
-        rows[:] = 0
-        chunks = 0
-        partials = 0
-        for row, s in zip(rows, self.segments, strict=True):
-            n, length = s.numel, _row_length(s.weight)
-            row[table.PARAM.value], row[table.NUMEL.value], row[table.GROUP.value] = s.weight.data_ptr(), n, s.group
-            row[table.STEP.value] = 0 if s.counter is None else s.counter.data_ptr()
-            row[table.RESIDUAL.value] = 0 if s.residual is None else s.residual.data_ptr()
-            row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = length
-            row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
-            row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, -(-n // table.CHUNK)
-            row[table.MASK.value] = 0 if s.mask is None else s.mask.data_ptr()
-            for j, slot in enumerate(s.slots):
-                row[table.SLOTS.value + 2 * j] = slot.data_ptr()
-            for j, number in enumerate(s.numbers):
-                row[table.LAST.value - j] = _tagged(number)
-            partials += -(-n // table.NORM_CHUNK)
-            chunks += -(-n // table.CHUNK)
-        self.n_chunks, self.n_partials = chunks, partials
+    @property
+    def with_norm(self) -> bool:
+        """Whether a norm enters the step."""
+        return self.norm_mode != table.NO_NORM.value
 
-    def _fill_header(self, options: dict[str, Any]) -> None:
-        counts = self.rows.array[:, table.NORM_COUNT.value]
-        multi = np.flatnonzero(counts > 1)
-        self.counts = self._constant(np.array([len(self.segments), len(multi), *multi], dtype=np.int64))
-        header = [0.0] * table.HEADER_WIDTH.value
-        header[table.MAX_NORM.value] = float(options.get("max_norm", float("inf")))
-        header[table.SKIP_NONFINITE.value] = float(bool(options.get("skip_nonfinite", False)))
-        wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in map(_grad_dtype, self.segments))
-        header[table.NORM_IS_FP64.value] = float(wide_grad)
-        self.header = self._constant(np.array(header))
-        partials = max(1, 2 * self.n_partials, self.n_chunks * max(1, self.rule.n_norms))
-        self.partials = torch.zeros(partials, dtype=torch.float64, device=self.device)
+    @property
+    def _own_norms(self) -> bool:
+        """Whether norms of single gradients are used."""
+        return self.with_norm and (self.rule.grad_norm or any(self.groups[s.group].clips_alone for s in self.segments))
 
-    def _constant(self, values: np.ndarray) -> Tensor:
-        """Values on the device."""
-        constant = DeviceTable(values.shape, torch.from_numpy(values).dtype, self.device)
-        constant.array[...] = values
-        constant.upload()
-        self._constants.append(constant)
-        return constant.tensor
+    @property
+    def _sums_partials(self) -> bool:
+        """Whether the norm pass belongs to `run`; for a norm over several tables it goes ahead (`totals`)."""
+        given = self.norm_mode == table.GIVEN_NORM.value and self._own_norms
+        return given or self.norm_mode == table.OWN_NORM.value
 
-    def set_gradients(self, addresses: list[int]) -> None:
-        """Take this step's gradient addresses; rows change only when an alignment does."""
-        if addresses == self._last_addresses:
-            return
-        self._last_addresses = addresses
-        grads = np.fromiter(addresses, np.int64, len(addresses))
-        if len(grads) != len(self.positions):
-            grads = grads[self.positions]
-        misaligned = (grads & 15).astype(bool)
-        misaligned |= self.fixed_misaligned
-        if self._misaligned is None or (misaligned != self._misaligned).any():
-            self._misaligned = misaligned
-            self.rows.array[:, table.FLAGS.value] = np.where(misaligned, 0, table.ALIGNED.value) | self.base_flags
-            self.rows.upload()
-        self.grads.update(grads)
-
-    def set_hypers(self, indices: Sequence[int]) -> None:
-        """Take the current hyper-parameters of some groups; tensors are read on the device at each step."""
-        for index in indices:
-            for column, value in enumerate(self.groups[index].hypers):
-                address = _hyper_address(self._here(index, column, value))
-                self.addresses.array[index, column] = address
-                self.hypers.array[index, column] = 0.0 if address else float(value)
-        self.hypers.upload()
-        self.addresses.upload()
-
-    def _here(self, group: int, column: int, value: Any) -> Any:
-        """A hyper-parameter that kernels can read: a tensor of another GPU gets a copy, renewed at every step."""
-        self._mirrors.pop((group, column), None)
-        if not isinstance(value, Tensor) or value.device == self.device:
-            return value
-        if value.device.type == "cpu":
-            return float(value)
-        self._mirrors[group, column] = (value, value.to(self.device))
-        return self._mirrors[group, column][1]
-
-    # ------------------------------------------------------------------------------------------------ launches
-    def _launches(self) -> list[Launch]:
-        """Every launch of a step, in order."""
-        rows, grads = self.rows.tensor, self.grads.tensor
+    def _norm_launches(self, with_totals: bool) -> list[Launch]:
         out: list[Launch] = []
-        if self.with_norm:
-            for dtype, members in self._by(_grad_dtype).items():
-                chunks = self._chunk_map(members, table.NORM_CHUNK, False)
-                if len(chunks):
-                    out.append((launch.norm_spec(dtype), len(chunks), (rows, grads, chunks, self.partials)))
+        for dtype, members in self._by(_grad_dtype).items():
+            chunks = self._chunk_map(members, table.NORM_CHUNK, False)
+            if len(chunks):
+                args = (self.rows.tensor, self.grads.tensor, chunks, self.partials)
+                out.append((launch.norm_spec(dtype), len(chunks), args))
+        if with_totals:
+            out.append(
+                (launch.totals_spec(), 1, (self.rows.tensor, self.scalars, self.partials, self.header, self.counts))
+            )
+        return out
+
+    def _scalars_launch(self) -> Launch:
         rule, n = self.rule, len(self.segments)
         counts = len(rule.hyper), rule.n_scalars, len(rule.scalar_slots)
-        spec = launch.scalars_spec(f"{rule.name}_scalars", rule.scalars, counts, self.with_norm, rule.grad_norm)
-        grid = 1 if self.with_norm else -(-n // launch.SCALARS_BLOCK)
+        use = launch.NormUse(self.norm_mode, self.scaled, self._own_norms, rule.grad_norm)
+        spec = launch.scalars_spec(f"{rule.name}_scalars", rule.scalars, counts, use)
         hypers, addresses = self.hypers.tensor, self.addresses.tensor
-        args = (rows, hypers, addresses, self.scalars, self.partials, self.header, self.counts)
-        out.append((spec, grid, args))
+        args = (self.rows.tensor, hypers, addresses, self.scalars, self.partials, self.header, self.counts)
+        return spec, 1 if self.with_norm else -(-n // launch.SCALARS_BLOCK), args
+
+    def totals(self) -> Tensor:
+        """Launch the norm pass alone: (sum of squares, whether an element is not finite) of this table's gradients."""
+        if "totals" not in self._extra:
+            self._extra["totals"] = self._norm_launches(True)
+        self._renew_mirrors()
+        self._start(self._extra["totals"])
+        return self.header[table.OWN_SQUARE.value : table.OWN_BAD.value + 1]
+
+    def _update_launches(self) -> list[Launch]:
+        """What follows the scalars launch."""
+        out: list[Launch] = []
         for key, members in self._by(self._variant).items():
             chunks = self._chunk_map(members, table.CHUNK, True)
             if len(chunks):
-                args = (rows, grads, chunks, self.scalars, self.partials)
+                args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
                 out.extend((spec, len(chunks), args) for spec in self._update_specs(key))
         return out
 
@@ -192,10 +132,10 @@ class DeviceTables:
         return (
             group.variant,
             s.weight.dtype,
-            _grad_dtype(s),
+            s.grad_dtype,
             tuple(slot.dtype for slot in s.slots),
             group.options.get("weights"),
-            group.decoupled,
+            tuple(t.apply for t in transforms(group, self.with_norm or self.scaled)),
             (group.cautious, group.cautious_decay, s.mask is not None),
         )
 
@@ -209,12 +149,12 @@ class DeviceTables:
         return [launch.update_spec(f"{rule.name}_measure", measure, variant, "measure"), update]
 
     def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
-        rule, (structure, dtype, grad, slots, weights, decoupled, switches) = self.rule, key
+        rule, (structure, dtype, grad, slots, weights, applied, switches) = self.rule, key
         return launch.UpdateVariant(
             structure=structure,
             weight=WEIGHTS[weights].codec(dtype),
             states=tuple(wide.codec(slot) for slot in slots),
-            transforms=tuple(t.apply for t in transforms(self.with_norm, decoupled, rule.decay == "own")),
+            transforms=applied,
             grad=grad,
             compute=compute_type(dtype),
             n_scalars=rule.n_scalars,
@@ -245,9 +185,12 @@ class DeviceTables:
 
     def run(self) -> None:
         """Launch the step on the current stream of the device."""
+        self._renew_mirrors()
+        self._start(self.launches)
+
+    def _renew_mirrors(self) -> None:
         for value, mirror in self._mirrors.values():
             mirror.copy_(value, non_blocking=True)
-        self._start(self.launches)
 
     def _start(self, launches: Sequence[Launch]) -> None:
         run = self.launcher.run
@@ -258,35 +201,3 @@ class DeviceTables:
         else:
             for spec, grid, args in launches:
                 run(spec, grid, args)
-
-
-def _grad_dtype(s: Segment) -> torch.dtype:
-    grad = s.param.grad
-    assert grad is not None
-    return grad.dtype
-
-
-def _aligned(s: Segment) -> bool:
-    """Every address but the gradient's is a multiple of 16."""
-    tensors = [s.weight, *s.slots, s.residual, s.mask]
-    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def _row_length(t: Tensor) -> int:
-    """Stored numbers in one row along dim 0 (all of them for 0-dim and 1-dim tensors)."""
-    n = t.numel() * (2 if t.is_complex() else 1)
-    return n // t.shape[0] if t.dim() > 1 and t.shape[0] else n
-
-
-def _hyper_address(value: Any) -> int:
-    """Tagged address of a hyper-parameter tensor that kernels read; 0 for what is uploaded as a float."""
-    if not isinstance(value, Tensor):
-        return 0
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"hyper-parameter tensors must be float32 or float64, got {value.dtype}")
-    return _tagged(value)
-
-
-def _tagged(number: Tensor) -> int:
-    """Address of an fp32 or fp64 number, shifted left once; the low bit says fp64."""
-    return number.data_ptr() << 1 | (number.dtype == torch.float64)

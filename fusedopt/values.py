@@ -104,6 +104,10 @@ class Values:
     def abs(self) -> "Values":
         return self.tape.apply("abs", self)
 
+    def where(self, a: Any, b: Any) -> "Values":
+        """a where this comparison (or product of such) holds, else b; values or numbers."""
+        return self.tape.apply("where", self, a, b)
+
     def sign(self) -> "Values":
         """−1, 0 or 1; 0 for NaN."""
         return self.tape.apply("sign", self)
@@ -237,7 +241,7 @@ def minimum_eager(a: Any, b: Any) -> Values:
 
 def where_eager(condition: Values, a: Any, b: Any) -> Values:
     """a where the condition (a comparison of values, or a product of such) holds, else b; values or numbers."""
-    return condition.tape.apply("where", condition, a, b)
+    return condition.where(a, b)
 
 
 def _tape(*operands: Any) -> Tape:

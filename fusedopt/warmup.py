@@ -1,4 +1,4 @@
-"""Compile every variant that a step would use, on one-element stand-ins for the real tensors."""
+"""Compile every variant that a step would use, on small stand-ins for the real tensors."""
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .rule import Rule
+from .state import MASK
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -36,16 +39,16 @@ def _compile(optimizer: "FusedOptimizer") -> int:
 
 
 def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
-    """An optimizer of the same class and options whose parameters are one-element stand-ins."""
+    """An optimizer of the same class and options whose parameters are small stand-ins."""
     shadow = object.__new__(type(optimizer))
     groups: list[dict[str, Any]] = []
     stand_ins: list[tuple[Tensor, dict[str, Any]]] = []
     for group in optimizer.param_groups:
-        members = []
+        members, rule = [], optimizer.rule_of(group)
         for p in group["params"]:
             if p.requires_grad:
-                members.append(_stand_in(p))
-                stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1])))
+                members.append(_stand_in(p, rule))
+                stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1], rule)))
         groups.append({**group, "params": members})
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     state.update({p: s for p, s in stand_ins if s})
@@ -54,22 +57,29 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
     return shadow
 
 
-def _stand_in(p: Tensor) -> Tensor:
+def _stand_in(p: Tensor, rule: Rule) -> Tensor:
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
         small = torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True)
         small.grad = torch.zeros(1, dtype=p.dtype, device=p.device).to_sparse()
         return small
-    small = torch.zeros((), dtype=p.dtype, device=p.device, requires_grad=True)
+    shape = rule.small(p) if rule.small else (1,) * p.dim()
+    small = torch.zeros(shape, dtype=p.dtype, device=p.device, requires_grad=True)
     dtype = p.grad.dtype if p.grad is not None else getattr(p, "grad_dtype", None) or p.dtype
     if dtype != p.dtype:
         small.grad_dtype = dtype
-    small.grad = torch.zeros((), dtype=dtype, device=p.device)
+    small.grad = torch.zeros_like(small, dtype=dtype)
     return small
 
 
-def _small_state(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+def _small_state(state: dict[str, Any], p: Tensor, rule: Rule) -> dict[str, Any]:
+    shapes = {slot.name: slot.shape(p) or () for slot in rule.state if slot.shape is not None}
+    whole = tuple(p.shape)
+
+    def shape_of(key: str, value: Tensor) -> tuple[int, ...]:
+        return shapes.get(key, whole if value.dim() or key == MASK else ())
+
     return {
-        key: torch.zeros(p.shape if value.dim() or key == "update_mask" else (), dtype=value.dtype, device=p.device)
+        key: torch.zeros(shape_of(key, value), dtype=value.dtype, device=p.device)
         for key, value in state.items()
         if isinstance(value, Tensor)
     }

@@ -26,6 +26,12 @@ class RuleRow:
     def torch_cls(self) -> Any:
         return getattr(torch.optim, self.cls.__name__)
 
+    @property
+    def in_torch(self) -> bool:
+        from fusedopt.rules import RULES
+
+        return hasattr(torch.optim, RULES[self.name])
+
     def __str__(self) -> str:
         return f"{self.name}-{self.label}"
 
@@ -40,14 +46,61 @@ RULES = (
     RuleRow("adam", dict(lr=0.01, amsgrad=True, betas=(0.8, 0.95)), "amsgrad"),
     RuleRow("adamw", dict(lr=0.01, weight_decay=0.1)),
     RuleRow("adamw", dict(lr=0.01, amsgrad=True, maximize=True), "amsgrad"),
+    RuleRow("adagrad", dict(lr=0.1)),
+    RuleRow("adagrad", dict(lr=0.1, lr_decay=0.1, weight_decay=0.05, initial_accumulator_value=0.3), "lr_decay"),
+    RuleRow("rmsprop", dict(lr=0.01)),
+    RuleRow("rmsprop", dict(lr=0.01, momentum=0.9, maximize=True), "momentum"),
+    RuleRow("rmsprop", dict(lr=0.01, centered=True), "centered"),
+    RuleRow("rmsprop", dict(lr=0.01, momentum=0.9, centered=True, weight_decay=0.1), "both"),
+    RuleRow("adadelta"),
+    RuleRow("adadelta", dict(lr=0.3, rho=0.5, eps=1e-3, weight_decay=0.1, maximize=True), "l2"),
+    RuleRow("adamax"),
+    RuleRow("adamax", dict(betas=(0.5, 0.6), weight_decay=0.1, maximize=True), "l2"),
+    RuleRow("nadam"),
+    RuleRow("nadam", dict(weight_decay=0.1, maximize=True), "l2"),
+    RuleRow("nadam", dict(weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.3), "decoupled"),
+    RuleRow("radam"),
+    RuleRow("radam", dict(weight_decay=0.1, maximize=True), "l2"),
+    RuleRow("radam", dict(weight_decay=0.1, decoupled_weight_decay=True, betas=(0.8, 0.95)), "decoupled"),
+    RuleRow("asgd"),
+    RuleRow("asgd", dict(lr=0.1, t0=1, lambd=0.1, alpha=0.5, weight_decay=0.1, maximize=True), "averaging"),
+    RuleRow("rprop"),
+    RuleRow("rprop", dict(etas=(0.3, 1.7), step_sizes=(1e-3, 0.02), maximize=True), "etas"),
+    RuleRow("lion", dict(lr=0.01)),
+    RuleRow("lion", dict(lr=0.01, weight_decay=0.1, maximize=True), "decay"),
+    RuleRow("lamb", dict(lr=0.01)),
+    RuleRow("lamb", dict(lr=0.01, weight_decay=0.01, phi_range=(0.5, 2.0), bias_correction=False), "phi"),
+    RuleRow("lars", dict(lr=10.0)),
+    RuleRow("lars", dict(lr=10.0, momentum=0.9, dampening=0.3, weight_decay=1e-3), "momentum"),
+    RuleRow("lars", dict(lr=10.0, momentum=0.9, nesterov=True, weight_decay=1e-4), "nesterov"),
+    RuleRow("novograd", dict(lr=0.1)),
+    RuleRow("novograd", dict(lr=0.1, weight_decay=0.01, grad_averaging=True), "averaging"),
+    RuleRow("adan", dict(lr=0.01, weight_decay=0.1)),
+    RuleRow("adan", dict(lr=0.01, weight_decay=0.1, no_prox=True, maximize=True), "no_prox"),
+    RuleRow("ademamix"),
+    RuleRow("ademamix", dict(alpha=5.0, beta3_warmup=20, alpha_warmup=25, weight_decay=0.1, maximize=True), "warmup"),
+    RuleRow("adopt"),
+    RuleRow("adopt", dict(weight_decay=0.01, maximize=True), "l2"),
+    RuleRow("adopt", dict(lr=0.01, weight_decay=0.1, decouple=True), "decouple"),
+    RuleRow("adopt", dict(clip_exp=None), "unclipped"),
+    RuleRow("stable_adamw", dict(lr=0.01)),
+    RuleRow("stable_adamw", dict(lr=0.01, weight_decay=0.1, maximize=True), "decay"),
+    RuleRow("schedule_free_sgd", dict(lr=0.1)),
+    RuleRow("schedule_free_sgd", dict(lr=0.1, momentum=0.95, weight_decay=0.01, warmup_steps=10, r=0.5), "warmup"),
+    RuleRow("schedule_free_adamw"),
+    RuleRow("schedule_free_adamw", dict(weight_decay=0.1, warmup_steps=10, weight_lr_power=1.5), "warmup"),
 )
+SPARSE_RULES = (RuleRow("sparse_adam"), RuleRow("sparse_adam", dict(betas=(0.5, 0.6), maximize=True), "maximize"))
+"""Rules for sparse gradients alone."""
+TORCH_RULES = tuple(row for row in RULES if row.in_torch)
+"""Rows that torch.optim can run as well."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16 state": {"state_dtype": {"exp_avg": torch.bfloat16, "momentum_buffer": torch.bfloat16}},
     "split16 weights": {"weights": "split16"},
-    "norm and coefficient": {"max_norm": 0.5},
+    "norm and coefficient": {"clip_grad_norm": 0.5},
     "skip": {"skip_nonfinite": True},
 }
 """Private switches of the engine, one example of every axis; each row joins the tests over all formats."""

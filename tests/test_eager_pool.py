@@ -48,7 +48,7 @@ CASES = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
     "fp64": (torch.float64, {}),
-    "bf16 clipped": (torch.bfloat16, {"max_norm": 1.0}),
+    "bf16 clipped": (torch.bfloat16, {"clip_grad_norm": 1.0}),
     **{name: (torch.bfloat16 if "split16" in name else torch.float32, FORMATS[name]) for name in FORMATS},
 }
 

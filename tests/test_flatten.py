@@ -168,7 +168,7 @@ def test_segments_are_not_merged(device: str) -> None:
     """Launches, chunk maps and rows are those of the scattered run, but for addresses and alignment."""
     records = []
     for params in two_sets(torch.float32, device, True):
-        optimizer = private(ADAMW.cls(params, backend="triton"), max_norm=1.0)
+        optimizer = private(ADAMW.cls(params, backend="triton"), clip_grad_norm=1.0)
         optimizer._launcher = recorder = launch.Recorder()
         for p in params:
             p.grad = torch.ones_like(p)

@@ -141,10 +141,10 @@ def test_a_cpu_tensor_is_read_at_every_step_whatever_device_has_the_parameters()
 
 
 def test_private_options_written_in_place_are_seen(device: str) -> None:
-    ours, plain = (private(ADAMW.cls(parameters(device)), max_norm=0.5) for _ in range(2))
+    ours, plain = (private(ADAMW.cls(parameters(device)), clip_grad_norm=0.5) for _ in range(2))
     train([0], ours, plain)
-    ours.param_groups[0]["fusedopt"]["max_norm"] = 0.125
-    private(plain, max_norm=0.125)
+    ours.param_groups[0]["fusedopt"]["clip_grad_norm"] = 0.125
+    private(plain, clip_grad_norm=0.125)
     plain._plan = None
     train([1], ours, plain)
     assert_equal(ours, plain)

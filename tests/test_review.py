@@ -38,7 +38,7 @@ def parameter(n: int = 8, offset: int = 0) -> Any:
 def test_every_table_reaches_the_device(cls: Any, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose flags are all zero (nothing aligned, no decay of its own) must be uploaded like any other."""
     monkeypatch.setattr(tables, "DeviceTable", ApartTable)
-    optimizer = private(cls([parameter(offset=offset)], backend="triton"), max_norm=1.0)
+    optimizer = private(cls([parameter(offset=offset)], backend="triton"), clip_grad_norm=1.0)
     optimizer._launcher = launch.Recorder()
     optimizer.step()
     device = optimizer._tables[0]
@@ -73,10 +73,10 @@ def test_to_lets_go_of_the_old_state() -> None:
 @pytest.mark.compiled
 def test_variant_key_holds_the_source_of_functions_in_tuples() -> None:
     """Triton's cache on disk knows a function inside a tuple by its name only."""
-    source = launch._sources((l2.apply, maximize.apply))
-    assert source != launch._sources((l2.apply,)) and source != launch._sources((maximize.apply, l2.apply))
+    source = launch.sources((l2.apply, maximize.apply))
+    assert source != launch.sources((l2.apply,)) and source != launch.sources((maximize.apply, l2.apply))
     changed = SimpleNamespace(cache_key=l2.apply.cache_key + "edited")
-    assert source != launch._sources((changed, maximize.apply))
+    assert source != launch.sources((changed, maximize.apply))
     optimizer = fusedopt.Adam([parameter()], backend="triton")
     optimizer._launcher = launch.Recorder()
     optimizer.step()

@@ -67,8 +67,8 @@ WITH_WIDTH = {"LDC", "ULDC", "LDCU"}
 ONLY_PREDICATES = {"FSETP", "DSETP", "HSETP2", "FCHK"}
 PAIRS = {"DADD", "DMUL", "DFMA", "FADD2", "FMUL2", "FFMA2"}
 ARITHMETIC = {
-    *ONLY_PREDICATES, *PAIRS, "FADD", "FMUL", "FFMA", "FSEL", "FMNMX", "MUFU", "F2F", "F2FP", "F2I", "I2F", "I2FP",
-    "HADD2", "HMUL2", "FHADD", "FRND", "SHFL", "REDUX",
+    *ONLY_PREDICATES, *PAIRS, "FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX", "MUFU", "F2F", "F2FP", "F2I", "I2F",
+    "I2FP", "HADD2", "HMUL2", "FHADD", "FRND", "SHFL", "REDUX",
 }  # fmt: skip
 """Instructions whose results only data depends on, or is expected to: they become unknown."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fusedopt
+from fusedopt import options
 from fusedopt.inspect.errors import BadInput
 from fusedopt.inspect.memory import TABLE, Region
 from fusedopt.optimizer import FusedOptimizer
@@ -85,7 +86,8 @@ def build(configuration: Configuration, sizes: Sequence[tuple[int, int]] = tuple
 def make_optimizer(configuration: Configuration, params: list[torch.Tensor]) -> FusedOptimizer:
     """The configuration's optimizer on the Triton backend; whatever its class refuses becomes a `BadInput`."""
     cls = getattr(fusedopt, RULES[configuration.rule])
-    known = [name for name in inspect.signature(cls).parameters if name not in ("params", "backend")]
+    own = (name for name in inspect.signature(cls).parameters if name not in ("params", "options"))
+    known = [*own, *options.DEFAULTS]
     for name in configuration.arguments:
         if name not in known:
             close = difflib.get_close_matches(name, (*known, *COMMAND_OPTIONS), n=1)

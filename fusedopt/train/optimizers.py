@@ -22,6 +22,7 @@ from .errors import BadInput
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 2e-3},
     "adamw": {"lr": 2e-3, "weight_decay": 0.1},
+    "muon": {"lr": 2e-3, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", "adamw": {}},
     "sgd": {"lr": 0.1, "momentum": 0.9},
 }
 
@@ -30,6 +31,8 @@ RESERVED = ("params", "lr", "weight_decay", "backend")  # arguments that the com
 
 def rule_name(name: str) -> str:
     """`name` as `fusedopt.rules` spells it. BadInput with the closest known name otherwise."""
+    if name.lower() == "sparse_adam":
+        raise BadInput("sparse_adam takes sparse gradients only; this model's are dense")
     if name.lower() in RULES:
         return name.lower()
     close = difflib.get_close_matches(name.lower(), RULES, n=1, cutoff=0.5)
@@ -52,13 +55,29 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, norm gains without."""
+def parameter_groups(model: nn.Module, weight_decay: float | None, muon: bool = False) -> list[dict[str, Any]]:
+    """Matrices with weight decay, norm gains without; None leaves it out.
+
+    muon: embedding and head, matrices that Muon is not meant for, in a group of their own that AdamW updates.
+    """
     named = list(model.named_parameters())
-    return [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+    outer = [(n, p) for n, p in named if p.ndim >= 2 and muon and not n.startswith("blocks.")]
+    inner = [(n, p) for n, p in named if p.ndim >= 2 and not (muon and not n.startswith("blocks."))]
+    gains = [(n, p) for n, p in named if p.ndim < 2]
+    members = [(inner, weight_decay), (gains, 0.0), *([(outer, weight_decay)] if muon else [])]
+    groups: list[dict[str, Any]] = [
+        {"params": params, **({} if weight_decay is None else {"weight_decay": decay})} for params, decay in members
     ]
+    for group in groups[1:] if muon else []:
+        group["use_muon"] = False
+    return groups
+
+
+def switch_to_average(optimizer: torch.optim.Optimizer, average: bool) -> None:
+    """Let a schedule-free optimizer's parameters hold the average, to evaluate, or what training needs."""
+    switch = getattr(optimizer, "eval" if average else "train", None)
+    if switch is not None:
+        switch()
 
 
 def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -78,8 +97,12 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
         close = difflib.get_close_matches(name, accepted, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise BadInput(f"--optimizer-arg {name}: {library}'s {class_name} takes no such argument{hint}")
+    weight_decay = config.weight_decay if "weight_decay" in accepted else None
+    if weight_decay is None and config.weight_decay:
+        raise BadInput(f"--weight-decay: {class_name} has none")
     try:
-        return optimizer_class(parameter_groups(model, config.weight_decay), **arguments)
+        groups = parameter_groups(model, weight_decay, muon=config.optimizer == "muon" and library == "fusedopt")
+        return optimizer_class(groups, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{class_name}: {error}") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import DTYPES, TrainConfig
 from .data import Sampler, Text, validation_batches
 from .model import Transformer
-from .optimizers import describe, make_optimizer, make_schedule
+from .optimizers import describe, make_optimizer, make_schedule, switch_to_average
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean cross-entropy over the held-out windows, in nats per byte."""
+        switch_to_average(self.optimizer, True)
         self.model.eval()
         losses = [(float(self._loss(*batch)), len(batch[0])) for batch in self.held_out]
         self.model.train()
+        switch_to_average(self.optimizer, False)
         return math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,23 @@ def eager(problems: Sequence[Problem]) -> list[Outcome]:
 
 def attempt(backend: str, device: str, problems: Sequence[Problem]) -> list[Outcome]:
     """Run a cell's problems on fusedopt's class; any error becomes a `Failure` of the cell."""
-    try:
+
+    def work() -> list[Outcome]:
         make = subjects.fusedopt_subject(problems[0].configuration, backend)
         return [subjects.run(make, problem, device) for problem in problems]
-    except Exception as error:  # whatever breaks, the other cells are still worth verifying
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """The runs of a cell.
+
+    Raises:
+        Failure: whatever broke; the other cells are still worth verifying.
+    """
+    try:
+        return work()
+    except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise Failure(text) from error
 
@@ -80,7 +93,7 @@ def attempt(backend: str, device: str, problems: Sequence[Problem]) -> list[Outc
 class Worker:
     """A process that runs cells with the kernels interpreted or compiled, in order, ahead of whoever reads them."""
 
-    def __init__(self, name: str, cells: Sequence[Cell], seeds: Sequence[int]) -> None:
+    def __init__(self, name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], own: str | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fusedopt-verify-")
         self._log = open(Path(self._folder.name) / "log", "w+")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,7 +104,8 @@ class Worker:
             environment["TRITON_INTERPRET"] = "1"
         job = {
             "device": "cpu" if name == "interpreted" else "cuda",
-            "cells": [[config.rule, config.name, dtype] for config, dtype in cells],
+            "cells": list(cells),
+            "own": own,
             "seeds": list(seeds),
             "folder": self._folder.name,
         }
@@ -132,9 +146,14 @@ class Worker:
 
 def workers(name: str, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Worker]:
     """Processes that share the cells in turn: cell i is the next one of worker i modulo their number."""
+    return sharing(name, [(config.rule, config.name, dtype) for config, dtype in cells], seeds)
+
+
+def sharing(name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], own: str | None = None) -> list[Worker]:
+    """Likewise for cells given by names alone. own: where a user's rule is found, whose cells these are."""
     cores = len(os.sched_getaffinity(0))
     count = 1 if name == "compiled" else max(1, min(cores, 4, len(cells) // MIN_CELLS))
-    return [Worker(name, cells[first::count], seeds) for first in range(count)]
+    return [Worker(name, cells[first::count], seeds, own) for first in range(count)]
 
 
 def pack(outcomes: list[Outcome]) -> tuple[list[Any], dict[str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """`fusedopt verify`: the error of every rule, dtype and backend of this machine, beside torch.optim's.
 
+A rule of the user's own (``--rule FILE.py:NAME``) has no oracle; its kernels are compared with its reference.
 Exit status: 0 when all is within bounds, 1 when a bound is broken, a step raises or two backends differ in a bit,
 2 for bad input.
 """
@@ -9,13 +10,28 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
+LONG = 30
+"""Cells from which on a run tells how far it is."""
+
 
 @click.command(help="Check every rule, dtype and backend of this machine against an oracle in higher precision.")
-@click.option("--rule", "rules", multiple=True, metavar="NAME", help="Only this rule (repeatable).")
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="NAME",
+    help=(
+        "Only this rule (repeatable). FILE.py:NAME or package.module:NAME: a rule of your own, its kernels against its "
+        "eager reference."
+    ),
+)
 @click.option("--dtype", "dtypes", multiple=True, metavar="NAME", help="Only this parameter dtype (repeatable).")
 @click.option(
     "--backend",
@@ -36,15 +52,12 @@ def command(
     json_output: bool,
 ) -> None:
     """Parse the options, verify, print."""
-    from . import backends, report
-    from .formats import DTYPES, has_reference
-    from .oracles import CONFIGURATIONS, ORACLES
+    from . import backends
+    from .formats import DTYPES
     from .problem import SEEDS
 
     known = backends.available()
-    rules = _chosen("rule", rules, ORACLES)
-    asked = _chosen("dtype", dtypes, DTYPES)
-    dtypes = tuple(name for name in asked if has_reference(DTYPES[name]))
+    all_dtypes = _chosen("dtype", dtypes, DTYPES)
     names = _chosen("backend", wanted, backends.NAMES)
     for name in wanted:
         if not known[name].runs:
@@ -52,30 +65,89 @@ def command(
     names = tuple(name for name in names if known[name].runs)
     if not 1 <= seeds <= len(SEEDS):
         raise BadInput(f"--seeds must be between 1 and {len(SEEDS)}, not {seeds}")
+    if not any(":" in rule for rule in rules):
+        passed = _library(rules, all_dtypes, bool(dtypes), names, seeds, json_output)
+    elif len(rules) == 1:
+        passed = _own(rules[0], all_dtypes, names, seeds, json_output)
+    else:
+        raise BadInput("a rule of your own is verified by itself; give one --rule")
+    ctx.exit(0 if passed else 1)
+
+
+def _library(
+    rules: tuple[str, ...], asked: tuple[str, ...], by_name: bool, names: tuple[str, ...], seeds: int, as_json: bool
+) -> bool:
+    """Rules of the library against their oracles; by_name: whether the dtypes were asked for, then none is sampled."""
+    from . import backends, report
+    from .check import verify
+    from .formats import DTYPES, has_reference
+    from .oracles import ORACLES
+    from .problem import SAMPLED, SEEDS, cells
+
+    rules = _chosen("rule", rules, ORACLES)
+    dtypes = tuple(name for name in asked if has_reference(DTYPES[name]))
     if not dtypes:
         raise BadInput(f"{', '.join(asked)}: not verified here, NumPy's longdouble is too short for a reference")
-
     dropped = {name: "not run: NumPy's longdouble is too short for a reference" for name in asked if name not in dtypes}
-    cells = [(config, dtype) for config in CONFIGURATIONS if config.rule in rules for dtype in dtypes]
-    ran = report.coverage(names, known, dropped)
-    result = _with_progress(cells, names, SEEDS[:seeds])
-    if json_output:
+    further = dtypes if by_name else SAMPLED
+    chosen = cells(rules, dtypes, further)
+    if not chosen:
+        raise BadInput(f"{', '.join(rules)}: no complex parameters")
+    dropped |= report.left_out(rules, dtypes, further)
+    with _progress(len(chosen), (config.rule for config, _ in chosen)) as advance:
+        result = verify(chosen, names, SEEDS[:seeds], advance)
+    ran = report.coverage(names, backends.available(), dropped)
+    if as_json:
         click.echo(json.dumps(report.as_json(result, ran, seeds), indent=1))
     else:
         report.print_table(result, ran, seeds)
-    ctx.exit(0 if result.passed else 1)
+    return result.passed
 
 
-def _with_progress(cells: Sequence, names: Sequence[str], seeds: Sequence[int]):
+def _own(target: str, dtypes: tuple[str, ...], names: tuple[str, ...], seeds: int, as_json: bool) -> bool:
+    """A rule of the user's own against its reference."""
+    from . import backends, own, own_report
+    from .problem import SEEDS
+
+    if names == ("eager",):
+        raise BadInput("the reference runs on eager and is compared with the kernels; name another --backend")
+    try:
+        rule = own.load(target)
+    except own.NotFound as error:
+        raise BadInput(str(error)) from None
+    cells = own.cells(rule, dtypes)
+    with _progress(len(cells), (cell.label for cell in cells)) as advance:
+        result = own.verify(target, cells, names, SEEDS[:seeds], advance)
+    ran = own_report.coverage(names, backends.available())
+    if as_json:
+        click.echo(json.dumps(own_report.as_json(target, result, ran, seeds), indent=1))
+    else:
+        own_report.print_report(target, result, ran, seeds)
+    return result.passed
+
+
+@contextmanager
+def _progress(total: int, titles: Iterator[str]) -> Iterator[Callable[[Any], None]]:
+    """A bar on a terminal; elsewhere, in long runs, a line on stderr when the last cell of a title is done.
+
+    titles: of every cell in turn; cells with the same one follow each other.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    from .check import verify
+    remaining = list(titles)
+    start = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(remaining[0], total=total)
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("verifying", total=len(cells))
-        return verify(cells, names, seeds, lambda: progress.advance(task))
+        def advance(cell: Any) -> None:
+            title = remaining.pop(0)
+            progress.update(task, advance=1, description=remaining[0] if remaining else title)
+            if total >= LONG and progress.disable and title not in remaining[:1]:
+                done, seconds = total - len(remaining), time.monotonic() - start
+                print(f"verified {title}: {done} of {total} cells, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+        yield advance
 
 
 def _chosen(what: str, asked: tuple[str, ...], known: Iterable[str]) -> tuple[str, ...]:

@@ -71,14 +71,18 @@ DTYPES = {
     for dtype in (
         DType("float32", SINGLE, SINGLE, np.float32, np.float64, (-12.0, 4.0)),
         DType("bfloat16", BRAIN, SINGLE, np.float32, np.float64, (-12.0, 4.0)),
-        # float16 overflows at 65504: (1 − β₂)·g² must stay below, so gradients end at 300.
-        DType("float16", HALF, SINGLE, np.float32, np.float64, (-6.0, 2.5)),
+        # float16 overflows at 65504: sums of all steps' g² (Adagrad) must stay below, so gradients end at 80.
+        DType("float16", HALF, SINGLE, np.float32, np.float64, (-6.0, 1.9)),
         DType("float64", DOUBLE, DOUBLE, np.float64, np.longdouble, (-12.0, 4.0)),
         DType("complex64", SINGLE, SINGLE, np.float32, np.float64, (-12.0, 4.0), parts=2),
         DType("complex128", DOUBLE, DOUBLE, np.float64, np.longdouble, (-12.0, 4.0), parts=2),
     )
 }
 """Parameter dtype (torch's name) → how it is verified."""
+
+
+SCALAR = DType("float32", SINGLE, DOUBLE, np.float32, np.longdouble, (0.0, 0.0))
+"""Scalar slots under every parameter dtype: computed in float64, kept in float32 (under torch's default dtype)."""
 
 
 def has_reference(dtype: DType) -> bool:

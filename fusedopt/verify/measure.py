@@ -10,8 +10,11 @@ import numpy as np
 
 from .formats import DType
 from .oracle import Value
-from .problem import Problem
+from .problem import TIMES, Problem
 from .subjects import Outcome
+
+UNORDERED = ("float64", "complex128")
+"""Dtypes whose norms are sums in their own precision, which no backend must add in the order of another."""
 
 
 @dataclass
@@ -42,15 +45,16 @@ class Error:
 
 
 def ulps(got: np.ndarray, expected: Value, dtype: DType) -> np.ndarray:
-    """Error of each element in ulps of the largest addend, in the storage format.
+    """Error of each judged element in ulps of the largest addend, in the storage format; NaN if one side is finite.
 
     Storage shorter than arithmetic is compared with the reference rounded once, so a correct rounding counts 0.
     """
     reference = dtype.store.round(expected.exact) if dtype.low else expected.exact
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.abs(got.astype(dtype.reference) - reference) / dtype.store.ulp(expected.addend)
-    same = np.isinf(reference) & (got == reference)
-    return np.asarray(np.where(same, 0.0, error))
+    judged = ~np.isinf(expected.addend) | np.isinf(reference)
+    same = (np.isinf(reference) & (got == reference)) | (np.isnan(reference) & np.isnan(got))
+    return np.where(same, 0.0, error)[judged]
 
 
 def measure(problem: Problem, outcome: Outcome, errors: dict[str, Error]) -> None:
@@ -59,12 +63,12 @@ def measure(problem: Problem, outcome: Outcome, errors: dict[str, Error]) -> Non
         for slot, tensors in got.items():
             error = errors.setdefault(slot, Error())
             for tensor, expected in zip(tensors, case.expected, strict=True):
-                error.add(ulps(tensor, expected[slot], problem.dtype))
+                error.add(ulps(tensor, expected[slot], problem.dtype_of(slot)))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first element at which two backends differ, and how many do."""
+    """The first element at which two backends differ (of a complex tensor: of its pairs), and how many do."""
 
     seed: int
     t: int
@@ -75,17 +79,17 @@ class Difference:
     count: int
 
     def __str__(self) -> str:
-        left, right = (float(value).hex() for value in self.values)
+        left, right = (f"{value.hex()} ({value!r})" for value in self.values)
         return (
             f"{self.count} elements differ; first: seed {self.seed}, step {self.t}, {self.slot} of tensor "
             f"{self.tensor}, element {self.element}: {left} and {right}"
         )
 
 
-def first_difference(problem: Problem, left: Outcome, right: Outcome) -> Difference | None:
-    """Compare the bits of two runs of a problem (any NaN equals any NaN); None if all are equal."""
+def first_difference(seed: int, left: Outcome, right: Outcome) -> Difference | None:
+    """Compare the bits of two runs over `TIMES` (any NaN equals any NaN); None if all are equal."""
     first, count = None, 0
-    for t, slot, tensor, a, b in _pairs(problem, left, right):
+    for t, slot, tensor, a, b in _pairs(left, right):
         bits = f"u{a.dtype.itemsize}"
         differs = (a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))
         where = np.flatnonzero(differs)
@@ -93,11 +97,11 @@ def first_difference(problem: Problem, left: Outcome, right: Outcome) -> Differe
         if where.size and first is None:
             values = (float(a[where[0]]), float(b[where[0]]))
             first = (t, slot, tensor, int(where[0]), values)
-    return Difference(problem.seed, *first, count) if first else None
+    return Difference(seed, *first, count) if first else None
 
 
-def _pairs(problem: Problem, left: Outcome, right: Outcome) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
-    for case, a, b in zip(problem.steps, left, right, strict=True):
-        for slot in problem.slots:
+def _pairs(left: Outcome, right: Outcome) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
+    for t, a, b in zip(TIMES, left, right, strict=True):
+        for slot in a:
             for tensor, (x, y) in enumerate(zip(a[slot], b[slot], strict=True)):
-                yield case.t, slot, tensor, x.ravel(), y.ravel()
+                yield t, slot, tensor, x.ravel(), y.ravel()

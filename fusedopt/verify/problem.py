@@ -8,6 +8,7 @@ the same problem without exchanging it.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,9 @@ TIMES = (1, 2, 3, 30, 1000, 5000)
 SHAPES = ((), (3,), (53, 97))
 MANY_CHUNKS = (16389,)
 """Added to the first configuration of each rule: more than one chunk of 16384 elements, with an odd tail."""
+
+SAMPLED = ("float32", "bfloat16", "float64")
+"""Dtypes in which a rule's further configurations run by default; its first one runs in all."""
 
 PARAMETERS = (-6.0, 1.0)
 """Decimal exponents of the smallest and the largest parameter (from −3 in float16)."""
@@ -60,6 +64,34 @@ class Problem:
         """``"param"`` and the state's keys, in the oracle's order."""
         return list(self.steps[0].expected[0])
 
+    @property
+    def sparse(self) -> bool:
+        """Whether gradients are handed over as sparse tensors."""
+        return ORACLES[self.configuration.rule].sparse
+
+    def dtype_of(self, slot: str) -> DType:
+        """How a value is kept: as the parameter, scalar slots apart."""
+        return ORACLES[self.configuration.rule].dtype(slot, self.dtype)
+
+
+def cells(
+    rules: Container[str], dtypes: Iterable[str], further: Container[str] = SAMPLED
+) -> list[tuple[Configuration, str]]:
+    """Configurations and dtypes to verify, rule by rule.
+
+    further: dtypes for all configurations of a rule but its first. Rules for real parameters get no complex ones.
+    """
+    dtypes = tuple(dtypes)
+    return [
+        (config, name)
+        for oracle in ORACLES.values()
+        for config in oracle.configurations
+        for name in dtypes
+        if oracle.rule in rules
+        and (oracle.complex or DTYPES[name].parts == 1)
+        and (config is oracle.configurations[0] or name in further)
+    ]
+
 
 def configuration(rule: str, name: str) -> Configuration:
     """The configuration called ``name`` of a rule."""
@@ -69,24 +101,39 @@ def configuration(rule: str, name: str) -> Configuration:
 def build(config: Configuration, dtype_name: str, seed: int) -> Problem:
     """Draw the data and walk the oracle through all of `TIMES`."""
     oracle, dtype = ORACLES[config.rule], DTYPES[dtype_name]
-    rng = np.random.default_rng([seed, zlib.crc32(f"{config} {dtype.name}".encode())])
-    shapes = SHAPES + ((MANY_CHUNKS,) if config is oracle.configurations[0] else ())
+    shapes = oracle.shapes or SHAPES + ((MANY_CHUNKS,) if config is oracle.configurations[0] else ())
+    if oracle.sparse:
+        shapes = tuple(shape for shape in shapes if shape)  # a 0-dim tensor has no rows
+    params, gradients = data(str(config), dtype, seed, shapes)
+    states: list[dict[str, np.ndarray]] = [{} for _ in shapes]
+    steps = []
+    for t, grads in zip(TIMES, gradients, strict=True):
+        case = _step(oracle, config, t, params, grads, states)
+        steps.append(case)
+        rounded = [
+            {key: oracle.dtype(key, dtype).store.round(value.exact) for key, value in new.items()}
+            for new in case.expected
+        ]
+        params = [new.pop("param") for new in rounded]
+        states = rounded
+    return Problem(config, dtype, seed, steps)
+
+
+def data(
+    name: str, dtype: DType, seed: int, shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """First parameters, and for each of `TIMES` the gradients, representable in the dtype; complex numbers as pairs."""
+    rng = np.random.default_rng([seed, zlib.crc32(f"{name} {dtype.name}".encode())])
     if dtype.parts > 1:
         shapes = tuple((*shape, dtype.parts) for shape in shapes)
     lowest = -3.0 if dtype.store.emin > -20 else PARAMETERS[0]
     params = [_draw(rng, dtype, np.asarray(rng.uniform(lowest, PARAMETERS[1], shape))) for shape in shapes]
     exponents = [np.asarray(rng.uniform(*dtype.gradients, shape)) for shape in shapes]
-    states: list[dict[str, np.ndarray]] = [{} for _ in shapes]
-    steps = []
-    for t in TIMES:
+    gradients = []
+    for _ in TIMES:
         wander = [np.clip(e + rng.uniform(-1, 1, e.shape), *dtype.gradients) for e in exponents]
-        grads = [_draw(rng, dtype, e) for e in wander]
-        case = _step(oracle, config, t, params, grads, states)
-        steps.append(case)
-        rounded = [{key: dtype.store.round(value.exact) for key, value in new.items()} for new in case.expected]
-        params = [new.pop("param") for new in rounded]
-        states = rounded
-    return Problem(config, dtype, seed, steps)
+        gradients.append([_draw(rng, dtype, e) for e in wander])
+    return params, gradients
 
 
 def _step(

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from .backends import NAMES, Availability, Cell
 from .check import RMS_FACTOR, Report, Row
+from .formats import DTYPES
 from .measure import Error
+from .oracles import ORACLES
 from .problem import SEEDS
-
-WIDTH = 132
-"""Columns of the table at its widest."""
 
 EXPLANATION = (
     "Errors of one step against an oracle in higher precision, in ulps of the largest addend (bf16 and fp16: of the "
@@ -39,13 +39,26 @@ def coverage(names: Sequence[str], known: Mapping[str, Availability], dropped: M
     return {**lines, **dropped}
 
 
+def left_out(rules: Sequence[str], dtypes: Sequence[str], further: Container[str]) -> dict[str, str]:
+    """What `problem.cells` leaves out of rules and dtypes, in words."""
+    lines = {}
+    sampled = [name for name in dtypes if name not in further]
+    if sampled and any(len(ORACLES[rule].configurations) > 1 for rule in rules):
+        lines["sampled"] = f"{', '.join(sampled)}: the first configuration of each rule; --dtype NAME runs all in NAME"
+    real = [rule for rule in rules if not ORACLES[rule].complex]
+    if real and any(DTYPES[name].parts > 1 for name in dtypes):
+        lines["real only"] = f"{', '.join(real)}: no complex parameters"
+    return lines
+
+
 def print_table(report: Report, ran: Mapping[str, str], seeds: int) -> None:
     """The report on stdout."""
-    console = Console(highlight=False)
-    if console.width < WIDTH or not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)  # rather a wrapped line than a number cut off
+    console, table = Console(highlight=False), _table(report)
+    needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+    if console.width < needed or not console.is_terminal:
+        console = Console(highlight=False, width=needed)  # rather a wrapped line than a number cut off
     if report.rows:
-        console.print(_table(report))
+        console.print(table)
     console.print(EXPLANATION, style="dim")
     for form in sorted({form for row in report.rows for form in wrong_forms(row)}):
         console.print(f"* without torch's {form} form, which is not inexact here but wrong", style="dim")
@@ -54,6 +67,9 @@ def print_table(report: Report, ran: Mapping[str, str], seeds: int) -> None:
     for name, count in report.equal.items():
         different = sum(1 for _, backend in report.differences if backend == name)
         text = f"equal to the first backend in every bit in {count} of {count + different} cells"
+        apart = sum(1 for _, backend in report.uncompared if backend == name)
+        if apart:
+            text += f"; {apart} more not compared: norms in float64 are summed in any order"
         console.print(Text(f"{name:12} {text}"))
     for line in complaints(report):
         console.print(Text(line, style="bold red"), soft_wrap=True)
@@ -94,6 +110,7 @@ def as_json(report: Report, ran: Mapping[str, str], seeds: int) -> dict[str, Any
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "coverage": dict(ran),
         "equal_cells": dict(report.equal),
+        "uncompared": [_cell_json(cell, name, "norms in float64") for cell, name in report.uncompared],
         "rows": [_row_json(row) for row in report.rows],
         "failures": [_cell_json(cell, name, text) for (cell, name), text in report.failures.items()],
         "differences": [_cell_json(cell, name, text) for (cell, name), text in report.differences.items()],
@@ -122,7 +139,7 @@ def _merged(report: Report, cell: Cell, rows: list[Row]) -> list[tuple[str, Row]
     """Backends whose bits equal the first one's share its line."""
     lines: list[tuple[list[str], Row]] = []
     for row in rows:
-        if lines and (cell, row.backend) not in report.differences:
+        if lines and (cell, row.backend) not in report.differences.keys() | report.uncompared:
             lines[0][0].append(row.backend)
         else:
             lines.append(([row.backend], row))

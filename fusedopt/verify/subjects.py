@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ import torch
 from .formats import DType
 from .oracle import Configuration
 from .problem import Problem
+
+if TYPE_CHECKING:
+    from fusedopt.rule import Rule
 
 TORCH_FORMS: dict[str, dict[str, bool]] = {
     "for-loop": dict(foreach=False, fused=False),
@@ -25,10 +29,21 @@ Outcome = list[dict[str, list[np.ndarray]]]
 MakeOptimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 
+def torch_forms(rule: str) -> list[str]:
+    """Forms in which torch.optim has a rule: none without a class of its name."""
+    name = class_name(rule)
+    if not hasattr(torch.optim, name):
+        return []
+    known = inspect.signature(getattr(torch.optim, name)).parameters
+    return [form for form in TORCH_FORMS if form == "for-loop" or form in known]
+
+
 def torch_subject(config: Configuration, form: str) -> MakeOptimizer:
     """torch.optim's class of the same name in one of its forms."""
     cls = getattr(torch.optim, class_name(config.rule))
-    options: Mapping[str, Any] = {**config.options, **TORCH_FORMS[form]}
+    known = inspect.signature(cls).parameters
+    switches = {key: value for key, value in TORCH_FORMS[form].items() if key in known}
+    options: Mapping[str, Any] = {**config.options, **switches}
     return lambda params: cls(params, **options)
 
 
@@ -38,6 +53,18 @@ def fusedopt_subject(config: Configuration, backend: str) -> MakeOptimizer:
 
     cls = getattr(fusedopt, class_name(config.rule))
     return lambda params: cls(params, **config.options, backend=backend)
+
+
+def rule_of(name: str) -> Rule:
+    """A rule of the library."""
+    import fusedopt
+
+    return getattr(fusedopt, class_name(name)).rule
+
+
+def takes_norms(rule: Rule) -> bool:
+    """Whether a step depends on norms over the parameter or its gradient."""
+    return bool(rule.n_norms or rule.grad_norm)
 
 
 def class_name(rule: str) -> str:
@@ -55,6 +82,7 @@ def run(make: MakeOptimizer, problem: Problem, device: str = "cpu") -> Outcome:
         # Low-precision state is what is measured here; the advice to keep it in fp32 is for training.
         warnings.simplefilter("ignore")
         optimizer = make(params)
+        getattr(optimizer, "train", lambda: None)()  # schedule-free rules step in train mode only
         return [_run_step(optimizer, params, problem, index, device) for index in range(len(problem.steps))]
 
 
@@ -65,16 +93,28 @@ def _run_step(
     with torch.no_grad():
         for p, value, grad, state in zip(params, case.params, case.grads, case.states, strict=True):
             p.copy_(to_torch(value, dtype, device))
-            p.grad = to_torch(grad, dtype, device)
+            p.grad = gradient(problem, grad, device)
             for key, slot in state.items():
-                optimizer.state[p][key].copy_(to_torch(slot, dtype, device))
+                optimizer.state[p][key].copy_(to_torch(slot, problem.dtype_of(key), device))
             if state and "step" in optimizer.state[p]:
-                optimizer.state[p]["step"].fill_(case.t - 1)
+                optimizer.state[p]["step"] += case.t - 1 - int(optimizer.state[p]["step"])
     optimizer.step()
     return {
-        key: [to_numpy(p if key == "param" else optimizer.state[p][key], dtype) for p in params]
+        key: [to_numpy(p if key == "param" else optimizer.state[p][key], problem.dtype_of(key)) for p in params]
         for key in problem.slots
     }
+
+
+def gradient(problem: Problem, x: np.ndarray, device: str = "cpu") -> torch.Tensor:
+    """A gradient as the rule takes it."""
+    dense = to_torch(x, problem.dtype, device)
+    return all_rows(dense) if problem.sparse else dense
+
+
+def all_rows(dense: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a sparse tensor that holds every row."""
+    rows = torch.arange(len(dense), device=dense.device)
+    return torch.sparse_coo_tensor(rows[None], dense, dense.shape, is_coalesced=True, check_invariants=True)
 
 
 def to_torch(x: np.ndarray, dtype: DType, device: str = "cpu") -> torch.Tensor:

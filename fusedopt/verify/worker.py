@@ -1,6 +1,6 @@
 """The process behind `backends.Worker`: runs cells on the Triton backend and hands the results over in .npz files.
 
-Called with one JSON argument (device, cells, seeds, folder). Prints one JSON line per cell, as soon as it is done:
+Called with one JSON argument (device, cells, own, seeds, folder). Prints one JSON line per cell, as soon as it is done:
 ``{"file", "layout"}`` or ``{"error"}``. Whether the kernels are interpreted is up to the environment.
 """
 
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from .backends import Failure, attempt, pack
+from . import own
+from .backends import Failure, attempt, guarded, pack
 from .problem import build, configuration
+from .subjects import Outcome
 
 
 def main(job: dict[str, Any], answers: TextIO) -> None:
     """Run all cells of a job and write the answers."""
-    for number, (rule, name, dtype) in enumerate(job["cells"]):
-        problems = [build(configuration(rule, name), dtype, seed) for seed in job["seeds"]]
+    for number, run in enumerate(_runs(job)):
         try:
-            layout, arrays = pack(attempt("triton", job["device"], problems))
+            layout, arrays = pack(run())
         except Failure as failure:
             answer: dict[str, Any] = {"error": str(failure)}
         else:
@@ -31,6 +33,20 @@ def main(job: dict[str, Any], answers: TextIO) -> None:
                 np.savez(file, allow_pickle=False, **arrays)
             answer = {"file": str(path), "layout": layout}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _runs(job: dict[str, Any]) -> Iterator[Callable[[], list[Outcome]]]:
+    """What computes each cell."""
+    seeds, device = job["seeds"], job["device"]
+    if job["own"] is None:
+        for rule, name, dtype in job["cells"]:
+            problems = [build(configuration(rule, name), dtype, seed) for seed in seeds]
+            yield lambda problems=problems: attempt("triton", device, problems)
+    else:
+        rule = own.load(job["own"])
+        for label, dtype in job["cells"]:
+            cell = own.Cell(rule, label, dtype)
+            yield lambda cell=cell: guarded(lambda: [cell.run(seed, "triton", device) for seed in seeds])
 
 
 if __name__ == "__main__":

@@ -98,12 +98,12 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") 
         ("CHUNK", table.CHUNK),
         ("BLOCK", block),
         ("TAIL", tail),
-        ("SOURCES", _sources(v.weight, *v.states, v.transforms)),
+        ("SOURCES", sources(v.weight, *v.states, v.transforms)),
     )
     return KernelSpec(name, KERNELS[kernel], items, warps)
 
 
-def _sources(*parts: tuple[Any, ...]) -> str:
+def sources(*parts: tuple[Any, ...]) -> str:
     """Hash of the source of functions inside tuples.
 
     Triton's cache on disk hashes a function passed as an argument by its source, but one inside a tuple by its name
@@ -122,15 +122,36 @@ def norm_spec(grad: torch.dtype) -> KernelSpec:
 SCALARS_BLOCK = 128
 
 
-def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], with_norm: bool, grad_norm: bool) -> KernelSpec:
+@dataclass(frozen=True)
+class NormUse:
+    """What a step does with gradient norms: constants of the scalars kernel.
+
+    mode: where the norm comes from (``table.py``). scaled: a loss scale or skip decision is given. own: segments are
+    clipped, or rules run, by the norms of single parameters; rule: a rule takes them.
+    """
+
+    mode: int = table.NO_NORM.value
+    scaled: bool = False
+    own: bool = False
+    rule: bool = False
+
+
+def totals_spec() -> KernelSpec:
+    """Sums of one table's gradients."""
+    return KernelSpec("totals", scalars.totals_kernel, ())
+
+
+def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], use: NormUse) -> KernelSpec:
     """The scalars kernel of a rule; counts: its hyper-parameters, scalars and scalar slots."""
     items = (
         ("RULE", rule),
         ("N_HYPERS", counts[0]),
         ("N_SCALARS", counts[1]),
         ("N_STATE", counts[2]),
-        ("WITH_NORM", with_norm),
-        ("GRAD_NORM", grad_norm),
+        ("NORM_MODE", use.mode),
+        ("SCALED", use.scaled),
+        ("OWN_NORMS", use.own),
+        ("GRAD_NORM", use.rule),
         ("BLOCK", SCALARS_BLOCK),
     )
     return KernelSpec(name, scalars.scalars_kernel, items)

@@ -17,7 +17,6 @@ from triton import knobs
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 """True when this process decorates kernels for the interpreter (TRITON_INTERPRET=1 at import)."""
-
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 PHILOX_ROUNDS = 7
@@ -112,10 +111,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exp(x):
-    """eˣ in float64, within 2 ulp for |x| ≤ 700: e^r by its Taylor polynomial of degree 14, |r| ≤ ln 2 / 2, times 2ᵏ.
-
-    0 below −708, inf above 709.
-    """
+    """eˣ in float64, within 2 ulp (0 below −708, inf above 709): Taylor of degree 14 on |r| ≤ ½ln 2, times 2ᵏ."""
     y = tl.minimum(tl.maximum(x, -708.0), 709.0)
     k = tl.floor(y * _LOG2_E + 0.5)
     r = (y - k * _LN2_HIGH) - k * _LN2_LOW

@@ -18,8 +18,10 @@ from .table import (
     COEFFICIENT,
     DECAY,
     FLAGS,
+    L1_PENALTY,
     L2,
     LANES,
+    LIMIT,
     MASK,
     MEASURE_COUNT,
     MEASURE_START,
@@ -86,7 +88,7 @@ def update_block(
     g, p, states = _inputs(r, e, at, at_g, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
     descent, new = RULE(g, p, states, s, VARIANT, EXACT)
     if SWITCHES[0]:
-        descent = tl.where(agrees(descent, g), descent * e[3], 0.0)
+        descent = tl.where(agrees(descent, g), descent * e[5], 0.0)
     total = tl.where(e[2] != 0.0, descent + e[2] * p, descent)
     if SWITCHES[1]:
         total = tl.where(agrees(descent, 0.0 - p), descent, total)
@@ -109,12 +111,14 @@ def segment_of(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
         tl.load(srow + COEFFICIENT).to(COMPUTE),
         tl.load(srow + L2).to(COMPUTE),
         tl.load(srow + DECAY).to(COMPUTE),
+        tl.load(srow + L1_PENALTY).to(COMPUTE),
+        tl.load(srow + LIMIT).to(COMPUTE),
     )
     return row, tl.load(grads + segment), start, e, srow
 
 
 @triton.jit
-def _sum_of_squares(partials, first, count, stride, LANES: tl.constexpr):
+def sum_of_squares(partials, first, count, stride, LANES: tl.constexpr):
     """Fixed tree over a segment's partials: lane = index mod LANES, then one sum over the lanes."""
     lanes = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.float64)
@@ -141,11 +145,13 @@ def update_kernel(
         numel = tl.load(row + NUMEL)
         if N_NORMS > 0:
             for i in tl.static_range(N_NORMS):
-                s = s + (tl.sqrt(_sum_of_squares(partials + i, first, count, N_NORMS, _LANES)).to(COMPUTE),)
+                s = s + (tl.sqrt(sum_of_squares(partials + i, first, count, N_NORMS, _LANES)).to(COMPUTE),)
             s = s + (numel.to(COMPUTE),)
+        scale = e[0]
         if SWITCHES[0]:
-            agreeing = _sum_of_squares(partials, first, count, 1, _LANES)
-            e = (e[0], e[1], e[2], (numel.to(tl.float64) / (agreeing + 1.0)).to(COMPUTE))
+            agreeing = sum_of_squares(partials, first, count, 1, _LANES)
+            scale = (numel.to(tl.float64) / (agreeing + 1.0)).to(COMPUTE)
+        terms = e + (scale,)
         start = chunk * CHUNK
         left = numel - start
         r = load_row(row, gradient, len(STATES))
@@ -154,7 +160,7 @@ def update_kernel(
             for o in range(0, CHUNK, BLOCK):
                 at = (start + o, lanes, lanes < BLOCK)
                 update_block(
-                    r, e, s, at, at,
+                    r, terms, s, at, at,
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
                 )  # fmt: skip
         else:
@@ -164,7 +170,7 @@ def update_kernel(
             while done < rest:
                 at = (start + done, few, done + few < rest)
                 update_block(
-                    r, e, s, at, at,
+                    r, terms, s, at, at,
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
                 )  # fmt: skip
                 done += TAIL

@@ -37,13 +37,28 @@ MAXIMIZE = tl.constexpr(2)  # ascend instead of descend
 DECOUPLED = tl.constexpr(4)  # weight decay acts on the parameter, else on the gradient
 OWN_DECAY = tl.constexpr(8)  # the rule applies weight decay itself
 STEP_IS_FP64 = tl.constexpr(16)  # the step count is fp64 (made under a float64 default dtype)
+CLIP_ALONE = tl.constexpr(32)  # the norm that is clipped is the parameter's own, not that of all
+LR_INDEPENDENT = tl.constexpr(64)  # decoupled decay follows lr/lr_initial instead of lr
 
 # Columns of a hyper-parameter row (float64): values, and beside them addresses of tensors that override them.
 LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
-RULE_HYPERS = tl.constexpr(2)  # the rule's own, in the order it declares them
-HYPER_WIDTH = tl.constexpr(16)
+CLIP_NORM = tl.constexpr(2)  # largest norm of the gradient, or inf
+CLIP_VALUE = tl.constexpr(3)  # largest magnitude of its elements, or inf
+L1 = tl.constexpr(4)  # coupled L1 penalty
+LR_INITIAL = tl.constexpr(5)  # the lr that `LR_INDEPENDENT` decay refers to
+RULE_HYPERS = tl.constexpr(8)  # the rule's own, in the order it declares them
+HYPER_WIDTH = tl.constexpr(24)
 # Address columns hold the address shifted left once; the low bit says that the tensor is fp64, not fp32.
+
+# Row 0 of the hyper-parameters belongs to the step as a whole; the groups follow.
+GRAD_SCALE = tl.constexpr(0)  # what the loss was multiplied by
+FOUND_INF = tl.constexpr(1)  # not 0: skip the step
+SKIP_NONFINITE = tl.constexpr(2)  # not 0: skip it when a gradient is not finite
+SKIP_ABOVE = tl.constexpr(3)  # skip it when the norm is above this, or inf
+TOTAL_SQUARE = tl.constexpr(4)  # given totals: sum of squares of all gradients, as scaled
+TOTAL_BAD = tl.constexpr(5)  # and whether an element is inf or NaN
+TOTAL_NORM = tl.constexpr(6)  # given norm of all gradients, unscaled
 
 # Columns of a scalar row (float64), written by the scalars kernel and read by the update kernel.
 COEFFICIENT = tl.constexpr(0)  # what every gradient element is multiplied by (unscale × clip)
@@ -51,16 +66,25 @@ L2 = tl.constexpr(1)  # coupled weight decay
 DECAY = tl.constexpr(2)  # decoupled weight decay, already multiplied by lr
 SKIP = tl.constexpr(3)  # 1.0: this step changes nothing
 SQUARE = tl.constexpr(4)  # sum of squares of the gradient, where it takes several partials
+L1_PENALTY = tl.constexpr(5)  # coupled L1 penalty
+LIMIT = tl.constexpr(6)  # largest magnitude of a gradient element
 RULE_SCALARS = tl.constexpr(8)  # the rule's own, in the order it returns them
 SCALAR_WIDTH = tl.constexpr(32)
 
-# Header (float64): inputs and results of a step that belong to no segment.
-MAX_NORM = tl.constexpr(0)  # clip threshold, or inf
-SKIP_NONFINITE = tl.constexpr(1)  # 1.0: skip the step when a gradient is not finite
-NORM = tl.constexpr(2)  # out: gradient norm before clipping, rounded to fp32 (fp64 when a gradient is fp64)
-NONFINITE = tl.constexpr(3)  # out: 1.0 when a gradient holds inf or NaN
-NORM_IS_FP64 = tl.constexpr(4)  # 1.0: keep the norm in fp64
+# Header (float64): results of a step that belong to no segment.
+NORM = tl.constexpr(0)  # gradient norm before clipping, rounded to fp32 (fp64 when a gradient is fp64)
+NONFINITE = tl.constexpr(1)  # 1.0 when a gradient holds inf or NaN
+SKIPPED = tl.constexpr(2)  # 1.0 when the step was skipped
+NORM_IS_FP64 = tl.constexpr(3)  # in: 1.0: keep the norm in fp64
+OWN_SQUARE = tl.constexpr(4)  # sum of squares of this table's gradients alone, as scaled
+OWN_BAD = tl.constexpr(5)  # whether one of these is inf or NaN
 HEADER_WIDTH = tl.constexpr(8)
+
+# Where the norm of a step comes from: `NORM_MODE` of the scalars kernel.
+NO_NORM = tl.constexpr(0)  # none is wanted; gradients may still be scaled
+OWN_NORM = tl.constexpr(1)  # this table's partials
+SUMMED_NORM = tl.constexpr(2)  # sums of several tables, in row 0
+GIVEN_NORM = tl.constexpr(3)  # the caller's, in row 0
 
 # Counts (int64) read by kernels at run time.
 N_SEGMENTS = tl.constexpr(0)

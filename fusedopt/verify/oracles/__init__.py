@@ -1,11 +1,16 @@
-"""Oracles, one file per rule. A new rule adds its file, a line here, and its entries in `bounds.py`."""
+"""Oracles, one file per rule: every file here defines ``ORACLE``, and a new one is found by itself."""
 
 from __future__ import annotations
 
-from ..oracle import Configuration, Oracle
-from . import adam, adamw, sgd
+import importlib
+import pkgutil
 
-ORACLES: dict[str, Oracle] = {oracle.rule: oracle for oracle in (adam.ORACLE, adamw.ORACLE, sgd.ORACLE)}
+from ..oracle import Configuration, Oracle
+
+ORACLES: dict[str, Oracle] = {
+    oracle.rule: oracle
+    for oracle in (importlib.import_module(f"{__name__}.{file.name}").ORACLE for file in pkgutil.iter_modules(__path__))
+}
 """Rule name → oracle."""
 
 CONFIGURATIONS: tuple[Configuration, ...] = tuple(c for oracle in ORACLES.values() for c in oracle.configurations)

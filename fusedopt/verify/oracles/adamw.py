@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..bounds import BIAS_64, Bound
 from ..oracle import Configuration, Oracle, Value, coupled_gradient, largest
-from .adam import DEFAULTS, direction
+from .adam import DEFAULTS, PLAIN, direction
 
 
 def step(
@@ -26,6 +27,13 @@ def step(
     return {"param": Value(p - delta.exact - decay, largest(p, delta.addend, decay)), **new}
 
 
+STEP = Bound(
+    16.0,
+    "As for Adam, 14.9, and one more rounding of the sum update + decay. The decay's own two roundings are 2 u of "
+    "lr·λ·p, at most 1e-3 of p.",
+    extra64=BIAS_64.ulps,
+)
+
 ORACLE = Oracle(
     rule="adamw",
     defaults={**DEFAULTS, "weight_decay": 0.01},
@@ -34,4 +42,5 @@ ORACLE = Oracle(
         Configuration("adamw", "plain"),
         Configuration("adamw", "amsgrad", dict(amsgrad=True, weight_decay=0.1)),
     ),
+    bounds={"plain": {**PLAIN, "param": STEP}, "amsgrad": {**PLAIN, "param": STEP}},
 )

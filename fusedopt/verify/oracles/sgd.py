@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bounds import Bound
 from ..oracle import Configuration, Oracle, Value, coupled_gradient, largest
 
 
@@ -37,6 +38,15 @@ def step(
     return new
 
 
+PLAIN_STEP = Bound(3.0, "p − lr·g: lr and the product 2, the sum 1.")
+L2_STEP = Bound(6.0, "g + λ·p: constant, product and sum 3; lr and its product 2, the last sum 1.")
+BUFFER = Bound(5.0, "μ·b + (1−τ)·g: two constants and two products 4, the sum 1.")
+BUFFER_STEP = Bound(8.0, "p − lr·b: the buffer's 4 and 1 for its sum, lr and its product 2, the last sum 1.")
+BUFFER_L2 = Bound(8.0, "As the buffer, 5, with 3 roundings of g + λ·p.")
+NESTEROV_STEP = Bound(
+    17.0, "d = g + μ·b: the buffer's 8, μ and its product 2, g + λ·p again 3, the sum 1; lr·d 2; the last sum 1."
+)
+
 ORACLE = Oracle(
     rule="sgd",
     defaults=dict(lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False),
@@ -48,4 +58,11 @@ ORACLE = Oracle(
         Configuration("sgd", "dampening", dict(lr=0.1, momentum=0.9, dampening=0.3)),
         Configuration("sgd", "nesterov", dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)),
     ),
+    bounds={
+        "plain": {"param": PLAIN_STEP},
+        "weight decay": {"param": L2_STEP},
+        "momentum": {"momentum_buffer": BUFFER, "param": BUFFER_STEP},
+        "dampening": {"momentum_buffer": BUFFER, "param": BUFFER_STEP},
+        "nesterov": {"momentum_buffer": BUFFER_L2, "param": NESTEROV_STEP},
+    },
 )

@@ -1,8 +1,8 @@
 """Unscaling and norm clipping: every gradient element times one number, computed by the scalars kernel.
 
 The contract of a gradient transform: ``apply(g, p, flags, e)`` takes and returns a block in the compute type;
-``flags`` are the bits of the segment's row (``table.py``), ``e`` its engine scalars ``(coefficient, l2, decay)``.
-Beside it stands the eager twin.
+``flags`` are the bits of the segment's row (``table.py``), ``e`` its engine scalars ``(coefficient, l2, decay, l1,
+limit)``. Beside it stands the eager twin.
 """
 
 import triton
