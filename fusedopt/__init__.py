@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .rule import Rule, Slot
     from .rules.adadelta import Adadelta
+    from .rules.adafactor import Adafactor
     from .rules.adagrad import Adagrad
     from .rules.adam import Adam
     from .rules.adamax import Adamax
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .rules.lamb import LAMB
     from .rules.lars import LARS
     from .rules.lion import Lion
+    from .rules.muon import Muon
     from .rules.nadam import NAdam
     from .rules.novograd import NovoGrad
     from .rules.radam import RAdam
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
-    "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "NAdam", "NovoGrad", "Optimizer",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW",
+    "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "Muon", "NAdam", "NovoGrad", "Optimizer",
     "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam", "StableAdamW",
     "__version__", "flatten_", "make_rule", "unflatten_",
 ]  # fmt: skip

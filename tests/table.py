@@ -90,6 +90,13 @@ RULES = (
     RuleRow("schedule_free_adamw"),
     RuleRow("schedule_free_adamw", dict(weight_decay=0.1, warmup_steps=10, weight_lr_power=1.5), "warmup"),
 )
+MATRIX_RULES = (
+    RuleRow("adafactor"),
+    RuleRow("adafactor", dict(lr=0.05, weight_decay=0.1, maximize=True, d=1.5), "decay"),
+    RuleRow("muon", dict(lr=0.02)),
+    RuleRow("muon", dict(lr=0.02, adjust_lr_fn="match_rms_adamw", momentum=0.9), "match"),
+)
+"""Rules with kernels of their own, for matrices; their tests stand in test_adafactor.py and test_muon*.py."""
 SPARSE_RULES = (RuleRow("sparse_adam"), RuleRow("sparse_adam", dict(betas=(0.5, 0.6), maximize=True), "maximize"))
 """Rules for sparse gradients alone."""
 TORCH_RULES = tuple(row for row in RULES if row.in_torch)

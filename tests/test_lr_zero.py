@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import BACKENDS
+from compare import BACKENDS, THREE
 from table import FORMATS, RULES, RuleRow, private
 
 from fusedopt_kernels.param import split16
@@ -79,9 +79,13 @@ def run(row: RuleRow, dtype: torch.dtype, backend: str, device: str, switches: d
         assert not rule.counts_in_state or state["step"] == step
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("switches", SWITCHES)
-@pytest.mark.parametrize("row", RULES, ids=str)
+EVERYTHING = [(row, switches, options) for row in THREE for switches in SWITCHES for options in OPTIONS]
+EVERYTHING += [
+    (row, switches, "decay and maximize") for row in RULES if row not in THREE for switches in ("none", "all")
+]
+
+
+@pytest.mark.parametrize(("row", "switches", "options"), EVERYTHING, ids=str)
 @pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 def test_eager(row: RuleRow, switches: str, options: str, device: str) -> None:
     split = "weights" in SWITCHES[switches]

@@ -9,7 +9,7 @@ from table import private
 from torch import Tensor
 
 import fusedopt
-from fusedopt import tables, upload
+from fusedopt import rows, upload
 from fusedopt_kernels import launch, table
 from fusedopt_kernels.grad import l2, maximize
 
@@ -37,7 +37,7 @@ def parameter(n: int = 8, offset: int = 0) -> Any:
 @pytest.mark.parametrize("offset", [0, 1])
 def test_every_table_reaches_the_device(cls: Any, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose flags are all zero (nothing aligned, no decay of its own) must be uploaded like any other."""
-    monkeypatch.setattr(tables, "DeviceTable", ApartTable)
+    monkeypatch.setattr(rows, "DeviceTable", ApartTable)
     optimizer = private(cls([parameter(offset=offset)], backend="triton"), clip_grad_norm=1.0)
     optimizer._launcher = launch.Recorder()
     optimizer.step()
@@ -90,7 +90,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(step: Any) -> None:
         with monkeypatch.context() as patch:
-            for name in ("optimizer", "state", "tables", "upload"):
+            for name in ("optimizer", "state", "rows", "upload"):
                 patch.setattr(f"fusedopt.{name}.capturing", lambda: True)
             step()
 
@@ -118,7 +118,7 @@ def test_a_capture_keeps_its_tables(capture: Any) -> None:
         assert optimizer._launcher.record[-1][2][1].tolist() == [p.grad.data_ptr()]
         assert grads.tolist() == [captured_grad.data_ptr()]
         optimizer.load_state_dict(optimizer.state_dict())
-    assert any(t.grads.tensor is grads for _, held in optimizer._captures for t in held)
+    assert any(t.grads.tensor is grads for _, held in optimizer._captures for t in held.tables)
 
 
 def test_a_capture_refuses_state_that_does_not_exist(capture: Any) -> None:

@@ -66,8 +66,8 @@ TOLERANCES = {
         4e-7,
         "share of lr, per step, under float64 parameters",
         "NAdam: torch rounds μ and Πμ to fp32 before it uses them, we use them as computed: 1.2e-7 relative in Π, "
-        "passed on to 1/(1 − Π) by Π/(1 − Π) ≤ 1.3 (μ ≤ 0.56), of a step of at most 2.5 lr. ASGD: η is kept in fp32, but in "
-        "fp64 once torch has loaded it: 6e-8 of a step of at most 2 lr.",
+        "passed on to 1/(1 − Π) by Π/(1 − Π) ≤ 1.3 (μ ≤ 0.56), of a step of at most 2.5 lr. ASGD: η is kept in "
+        "fp32, but in fp64 once torch has loaded it: 6e-8 of a step of at most 2 lr.",
     ),
     "fp64 norm": Tolerance(
         64.0,

@@ -2,6 +2,7 @@
 
 RULES: dict[str, str] = {
     "adadelta": "Adadelta",
+    "adafactor": "Adafactor",
     "adagrad": "Adagrad",
     "adam": "Adam",
     "adamax": "Adamax",
@@ -13,6 +14,7 @@ RULES: dict[str, str] = {
     "lamb": "LAMB",
     "lars": "LARS",
     "lion": "Lion",
+    "muon": "Muon",
     "nadam": "NAdam",
     "novograd": "NovoGrad",
     "radam": "RAdam",

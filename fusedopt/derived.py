@@ -1,0 +1,94 @@
+"""Groups and segments that a part of a step makes from the plan's, for rules and numbers of its own."""
+
+from collections.abc import Callable, Container, Hashable, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import GroupOptions
+from .options import KEY
+from .plan import Segment
+from .rule import Rule
+
+BEFORE = {"clip_grad_norm", "clip_scope", "clip_grad_value", "skip_nonfinite", "skip_norm_above", "state_dtype"}
+"""Options that concern gradients and state."""
+AFTER = {"weights", "cautious_decay", "decay_mode", "lr_initial"}
+"""Options that concern parameters."""
+KNOWN = {"version"} | BEFORE | AFTER
+
+Make = Callable[[GroupOptions, Any], dict[str, Any]]
+"""(group of the plan, key) → group of the part."""
+
+
+class DerivedGroups:
+    """One group for each (group of the plan, key) that a part's segments need, renewed when the plan's changes.
+
+    groups: the plan's. list: those made from them, under ``rule``; both are changed in place.
+    """
+
+    def __init__(self, rule: Rule, groups: Sequence[GroupOptions], make: Make) -> None:
+        self.rule, self.groups, self.make = rule, groups, make
+        self.list: list[GroupOptions] = []
+        self._index: dict[tuple[int, Hashable], int] = {}
+
+    def index(self, group: int, key: Hashable = None) -> int:
+        """Place in ``list`` of the group made from the plan's number ``group`` for a key."""
+        if (group, key) not in self._index:
+            self._index[group, key] = len(self.list)
+            self.list.append(self._made(group, key))
+        return self._index[group, key]
+
+    def renew(self, changed: Sequence[int]) -> list[int]:
+        """Make anew what depends on groups of the plan; returns the places."""
+        places = {(group, key): place for (group, key), place in self._index.items() if group in set(changed)}
+        for (group, key), place in places.items():
+            self.list[place] = self._made(group, key)
+        return list(places.values())
+
+    def _made(self, group: int, key: Any) -> GroupOptions:
+        return GroupOptions(self.rule, self.make(self.groups[group], key))
+
+
+def values(group: GroupOptions, options: Container[str] = KNOWN) -> dict[str, Any]:
+    """Keys and values of a group, with no parameters and only some of our options."""
+    kept = {name: value for name, value in group.options.items() if name in options}
+    return {**dict(zip(group.keys, group.values, strict=True)), "params": [], KEY: kept}
+
+
+def check_segments(name: str, groups: Sequence[GroupOptions], segments: Sequence[Segment]) -> None:
+    """Refuse what a matrix rule cannot follow.
+
+    Raises:
+        ValueError: an option that is not among `KNOWN`.
+        RuntimeError: complex parameters.
+    """
+    for s in segments:
+        if s.param.is_complex():
+            raise RuntimeError(f"{name} does not support complex parameters")
+        for option in groups[s.group].options:
+            if option not in KNOWN:
+                raise ValueError(f"{name} does not support {option!r} (param_groups[{s.group}]); leave it out")
+
+
+class DerivedSegment(Segment):
+    """A parameter, without state, whose gradient ``direction`` is computed by an earlier part of the step."""
+
+    __slots__ = ("direction",)
+
+    def __init__(self, source: Segment, group: int, position: int, direction: Tensor) -> None:
+        self.param, self.group, self.position, self.direction = source.param, group, position, direction
+        self.weight, self.residual, self.mask = source.weight, source.residual, source.mask
+        self.grad_buffer, self.counter, self.slots, self.numbers = None, None, [], []
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return self.direction.dtype
+
+
+def with_group(s: Segment, group: int) -> Segment:
+    """The same segment in another group."""
+    s = copy(s)
+    s.group = group
+    return s
