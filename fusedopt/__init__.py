@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW",
-    "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "Muon", "NAdam", "NovoGrad", "Optimizer",
-    "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam", "StableAdamW",
-    "__version__", "flatten_", "make_rule", "unflatten_",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam",
+    "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "Muon", "NAdam", "NovoGrad",
+    "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
+    "StableAdamW", "__version__", "flatten_", "make_rule", "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {

@@ -114,3 +114,18 @@ def check_backend(backend: str) -> None:
     """One of auto, triton, eager."""
     if backend not in ("auto", "triton", "eager"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+
+
+def check_total_norm(norm: Any) -> None:
+    """None, a number of at least 0 (or NaN), or a one-element fp32 or fp64 tensor."""
+    if norm is None:
+        return
+    check_number("total_norm", norm)
+    if isinstance(norm, torch.Tensor):
+        if norm.numel() != 1 or norm.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"total_norm must be a number or a one-element float32 or float64 tensor, got {norm.dtype} of shape "
+                f"{tuple(norm.shape)}"
+            )
+    elif norm < 0.0:
+        raise ValueError(f"Invalid total_norm value: {norm}; it must be at least 0")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .options import FORMAT_VERSION, KEY
-from .state import number_tensor
+from .state import MASK, number_tensor
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -34,8 +34,10 @@ def load(
         _check_version(loaded)
         groups = [dict(group) for group in loaded["param_groups"]]
         for group, options in zip(groups, live, strict=False):
-            if options is not None:
-                group.setdefault(KEY, options)
+            if options is not None and KEY not in group:
+                group[KEY] = dict(options)
+                if "lr_initial" in options:  # that of the run that is loaded
+                    group[KEY]["lr_initial"] = float(group.get("initial_lr", group["lr"]))
         return {**loaded, "param_groups": groups, "state": {k: _Raw(v) for k, v in loaded["state"].items()}}
 
     handle = optimizer.register_load_state_dict_pre_hook(hide)  # appended: runs after the user's
@@ -66,7 +68,10 @@ def restore(optimizer: "FusedOptimizer") -> None:
 def _place(value: Any, p: Tensor) -> Any:
     """Tensors on the parameter's device, in new dicts."""
     if isinstance(value, dict):
-        return {key: _place(v, p) for key, v in value.items()}
+        placed = {key: _place(v, p) for key, v in value.items()}
+        if isinstance(mask := placed.get(MASK), Tensor):  # torch.optim casts it on its way
+            placed[MASK] = mask.bool()
+        return placed
     return value.to(p.device) if isinstance(value, Tensor) else value
 
 

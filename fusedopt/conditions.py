@@ -28,13 +28,14 @@ class Conditions:
             ValueError: groups that do not agree on when a step is skipped.
         """
         asked = [group.step_numbers for group in groups if group.wants_norm]
-        if any(numbers != asked[0] for numbers in asked):
+        if asked and any(group.step_numbers != asked[0] for group in groups):
             raise ValueError(
                 "skip_nonfinite and skip_norm_above decide on the whole step: give every param_group the same values"
             )
         defaults = {table.GRAD_SCALE.value: 1.0, table.SKIP_NONFINITE.value: 0.0, table.SKIP_ABOVE.value: float("inf")}
         self.numbers: dict[int, Any] = {**defaults, **(asked[0] if asked else {}), **given}
         self.wants_norm = bool(asked)
+        self.uses_total = any(group.uses_total for group in groups)
         self.scaled = bool({table.GRAD_SCALE.value, table.FOUND_INF.value} & given.keys())
         mode = table.SUMMED_NORM if several else table.OWN_NORM
         if table.TOTAL_NORM.value in given:
@@ -62,9 +63,10 @@ class Conditions:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What a part that took these conditions need not take again; tensors by address."""
+        """What a part that took these conditions need not take again; tensors by address, on the CPU also by value."""
         return self.norm_mode, self.scaled, tuple(
-            (column, x if isinstance(x, float) else (id(x), x.data_ptr())) for column, x in self.numbers.items()
+            (column, x if not isinstance(x, Tensor) else (id(x), x.data_ptr(), x.dtype, x.is_cpu and x.item()))
+            for column, x in self.numbers.items()
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fusedopt_kernels import numerics
 
 from .arguments import check_lr, check_nonnegative
 from .optimizer import FusedOptimizer
-from .options import Options
+from .options import DEFAULTS, KEY, Options
 from .rule import Rule, Slot
 
 _TWINS: dict[Any, Any] = {
@@ -73,6 +73,11 @@ def make_rule(
     if not callable(reference) or hasattr(reference, "fn"):
         raise TypeError(f"make_rule: reference must be a plain Python function, got {reference!r}")
     hyper, slots = dict(hyper or {}), tuple(state)
+    taken = {"params", "lr", "weight_decay", "maximize", "backend", KEY, *DEFAULTS}
+    if clash := sorted(taken & {*hyper, *more.get("defaults", {})}):
+        raise ValueError(
+            f"make_rule: {clash[0]!r} means something to every optimizer; give the hyper-parameter another name"
+        )
     eager = _on_host(scalars.fn)
     rule = Rule(
         name=name,
@@ -147,7 +152,10 @@ class Optimizer(FusedOptimizer):
             raise TypeError(f"rule must be a fusedopt.Rule (see fusedopt.make_rule), got {rule!r}")
         check_lr(lr, foreach=None, capturable=True)
         check_nonnegative("weight_decay", weight_decay)
+        if rule.kernel_part is not None:
+            raise TypeError(f"rule {rule.name!r} is a matrix rule with a class of its own: use that")
         own = {key.partition(".")[0] for key in rule.hyper} | set(rule.structure) | set(rule.defaults)
+        own |= {s.init for s in rule.state if isinstance(s.init, str)} - {"zeros", "param", "lr"}
         hyper = {**rule.defaults, **{key: more.pop(key) for key in list(more) if key in own}}
         if missing := sorted(own - hyper.keys()):
             raise TypeError(f"rule {rule.name!r} needs {', '.join(missing)}: pass it by keyword")

@@ -167,7 +167,7 @@ class EagerStep:
             tape, g, p, state = self._tape(segment, e, extra=segment.mask is not None)
             descent, new = self.rule.update_eager(g, p, state, s, group.variant)
             if group.cautious:
-                descent = where_eager(_agrees(descent, g), descent * e[5], 0.0)
+                descent = where_eager(_agrees(descent, g), descent * e[5], descent * 0.0)
             if e[2] != 0.0:
                 total = descent + e[2] * p
                 descent = where_eager(_agrees(descent, 0.0 - p), descent, total) if group.cautious_decay else total

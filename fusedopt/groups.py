@@ -11,6 +11,9 @@ from fusedopt_kernels import table
 from . import options
 from .rule import Rule, lookup, switched_on
 
+NEVER_SKIPS = {table.SKIP_NONFINITE.value: 0.0, table.SKIP_ABOVE.value: float("inf")}
+"""Numbers of a group that leaves every step to be made."""
+
 
 class GroupOptions:
     """What the plan needs to know of one parameter group, and whether it still holds."""
@@ -39,7 +42,9 @@ class GroupOptions:
         self.l1 = switched_on(self.options.get("l1", 0.0))
         limits = (self.options.get(name) for name in ("clip_grad_norm", "skip_norm_above"))
         self.wants_norm = self.options.get("skip_nonfinite", False) or any(limit is not None for limit in limits)
-        self.clips_alone = self.options.get("clip_scope") == "tensor"
+        clips = self.options.get("clip_grad_norm") is not None
+        self.clips_alone = clips and self.options.get("clip_scope") == "tensor"
+        self.uses_total = self.wants_norm and not (self.clips_alone and self.step_numbers == NEVER_SKIPS)
         self.cautious = bool(self.options.get("cautious", False))
         self.cautious_decay = bool(self.options.get("cautious_decay", False))
         # what may change without becoming another object: numbers in CPU memory (a GPU's plan has copies), containers

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt_kernels import launch
 
 from . import buffers, checkpoint, compiled, flatten, options
-from .arguments import check_backend, check_flags
+from .arguments import check_backend, check_flags, check_total_norm
 from .groups import GroupOptions
 from .options import Options
 from .parts import Parts
@@ -67,6 +67,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option that its rule cannot follow; nothing is added then.
         """
         if isinstance(param_group, dict):
+            if "backend" in param_group:
+                raise ValueError("backend belongs to the whole optimizer: pass it to the constructor, not in a group")
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
@@ -107,7 +109,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_total_norm(total_norm)
         if torch.compiler.is_compiling():
+            if total_norm is not None:
+                raise RuntimeError("step(total_norm=…) does not work under torch.compile: call it outside the graph")
             compiled.step(self)
         else:
             self._total_norm = total_norm
@@ -207,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not any(p is param for group in self.param_groups for p in group["params"]):
             raise ValueError("set_update_mask: param is not one of this optimizer's parameters")
         if mask is None:
-            self.state[param].pop(MASK, None)
+            self.state.get(param, {}).pop(MASK, None)
             return
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != param.shape:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__

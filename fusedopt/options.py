@@ -6,6 +6,7 @@ Those that differ from torch's behaviour live in the one group key ``"fusedopt"`
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor
 
 from .arguments import check_number
@@ -106,6 +107,8 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
     Raises:
         TypeError, ValueError: names the option and what to do.
     """
+    if unknown := sorted(options.keys() - DEFAULTS.keys() - ENGINE_KEYS):
+        raise ValueError(f"group key {KEY!r} holds unknown option {unknown[0]!r}; known: {', '.join(DEFAULTS)}")
     for name, default in DEFAULTS.items():
         value = options.get(name, default)
         if isinstance(default, bool) and not isinstance(value, bool):
@@ -123,6 +126,10 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
                 f"{name}={options[name]!r} needs decoupled weight decay, which {rule.name} does not have under these "
                 "options"
             )
+    if options.get("decay_mode") == "independent" and not ("initial_lr" in group or "lr_initial" in options):
+        raise ValueError(
+            "decay_mode='independent' set in mid-run does not know the initial lr: give it as 'lr_initial' beside it"
+        )
     if options.get("decay_mode") == "independent" and lr_initial({**group, KEY: options}) <= 0.0:
         raise ValueError("decay_mode='independent' divides by the initial lr, which is 0: start from an lr above 0")
     if options.get("sparse") == "lazy" and rule.sparse in (None, "only"):
@@ -130,6 +137,8 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
 
 
 CHOICES = {"clip_scope": ("global", "tensor"), "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy")}
+ENGINE_KEYS = {"version", "lr_initial", "weights", "state_dtype"}
+"""What else stands under the key."""
 NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "l1")
 
 
@@ -138,6 +147,8 @@ def _check_limit(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a one-element tensor, got shape {tuple(value.shape)}")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
         return  # its value may change on the device
     if not value >= 0.0 or (value == 0.0 and name != "l1"):
         raise ValueError(f"{name} must be {'at least' if name == 'l1' else 'above'} 0, got {value!r}")

@@ -85,8 +85,10 @@ class Parts:
             return self._conditions
         given = {} if total_norm is None else {table.TOTAL_NORM.value: total_norm}
         conditions = Conditions(self.groups, len(self.tables) + len(self.eager) > 1, given)
-        if given and not conditions.wants_norm:
-            raise ValueError("step(total_norm=…) needs clip_grad_norm, skip_nonfinite or skip_norm_above")
+        if given and not conditions.uses_total:
+            raise ValueError(
+                "step(total_norm=…) needs clip_grad_norm with clip_scope='global', skip_nonfinite or skip_norm_above"
+            )
         if not given:
             self._conditions = conditions
         return conditions

@@ -56,6 +56,14 @@ class Slot:
     wide: bool = False
     shape: Callable[[torch.Tensor], tuple[int, ...] | None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("signed", "nonnegative", "weight", "scalar"):
+            raise ValueError(
+                f"slot {self.name!r}: kind must be signed, nonnegative, weight or scalar, got {self.kind!r}"
+            )
+        if self.name in ("step", "update_mask", "param_residual"):
+            raise ValueError(f"slot {self.name!r}: the engine keeps something else under this name; choose another")
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:

@@ -24,6 +24,7 @@ from fusedopt_kernels.numerics import power, power_eager
 
 from .optimizer import FusedOptimizer
 from .rule import Slot, lookup
+from .state import MASK
 
 Z = Slot("z", "weight", "param")
 SUMS = (Slot("weight_sum", "scalar", 0.0, wide=True), Slot("lr_max", "scalar", -1.0, wide=True))
@@ -99,6 +100,9 @@ class ScheduleFree(FusedOptimizer):
             pairs = [(p, self.state[p]["z"].to(p)) for p in group["params"] if "z" in self.state.get(p, {})]
             if pairs:
                 params, ends = map(list, zip(*pairs, strict=True))
+                masks = [(p, m, p.clone()) for p in params if (m := self.state[p].get(MASK)) is not None]
                 weight = 1.0 - beta if training else 1.0 - 1.0 / beta
                 torch._foreach_lerp_(params, ends, weight)  # pyright: ignore[reportPrivateImportUsage] # has no other name
+                for p, mask, before in masks:
+                    p.copy_(torch.where(mask, p, before))
             group["train_mode"] = training

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from compare import (
+    ALL,
     BACKENDS,
     EACH,
     SHAPES_OF,
     assert_close,
     assert_equal,
     contents,
+    doubt,
     make_sparse,
     parameters,
     parameters_of,
@@ -26,7 +28,7 @@ from compare import (
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table import RULES, SPARSE_RULES, RuleRow
+from table import RuleRow
 from tolerances import TOLERANCES
 
 from fusedopt_kernels import launch
@@ -53,12 +55,14 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
 def cases(draw: Any, row: RuleRow) -> dict[str, Any]:
     """Options; shapes; by step and parameter, whether there is a gradient; the seed of all numbers."""
     known = inspect.signature(row.torch_cls).parameters
-    pair = {k for k, p in known.items() if k == "eps" and isinstance(p.default, tuple)}  # Adafactor's
-    options = {k: draw(values) for k, values in RANGES.items() if k in known and k not in pair}
+    options = {k: draw(values) for k, values in RANGES.items() if k in known}
+    if row.name == "adafactor":
+        options["eps"] = draw(st.tuples(st.floats(1e-30, 1e-3), st.floats(1e-4, 1e-2)))
     if options.get("nesterov") and "dampening" in options:
         options.update(dampening=0.0, momentum=options["momentum"] or 0.5)
     dims = {"Muon": (2, 2), "SparseAdam": (1, 3)}.get(row.cls.__name__, (0, 3))
-    sizes = st.integers(4 if row.cls.rule.sparse == "only" else 0, 5)  # rows of a sparse gradient
+    least = {"sparse_adam": 4, "adafactor": 1, "muon": 1}.get(row.name, 0)  # sparse rows; torch divides by sizes
+    sizes = st.integers(least, 5)
     shape = st.lists(sizes, min_size=dims[0], max_size=dims[1]).map(tuple)
     shapes = draw(st.lists(shape, min_size=1, max_size=3))
     there = [[draw(st.integers(0, 4)) > 0 for _ in shapes] for _ in range(STEPS)]
@@ -122,15 +126,21 @@ def test_bf16_rounds_once_under_random_options(name: str, data: Any, device: str
             q.grad = None if p.grad is None else p.grad.double()
         ours.step()
         theirs.step()
-        for (p, state), (q, other) in zip(contents(ours), contents(theirs), strict=True):
-            for key, x, y in [("parameter", p, q), *((key, state[key], torch.as_tensor(other[key])) for key in state)]:
-                atol = TOLERANCES["bf16, one step"].value * max(
-                    1.0, float(y.detach().abs().max()) if y.numel() else 0.0
-                )
-                torch.testing.assert_close(
-                    x.double(), y.double(), rtol=torch.finfo(x.dtype).eps / 2, atol=atol,
-                    msg=lambda text, key=key: f"{key}: {text}",
-                )  # fmt: skip
+        assert_rounded_once(ours, theirs, case["options"]["lr"])
+
+
+def assert_rounded_once(ours: Any, theirs: Any, lr: float) -> None:
+    """Values in bf16 are those in float64, rounded."""
+    more = TOLERANCES["Adafactor, bf16"].value * lr if type(theirs).__name__ == "Adafactor" else 0.0
+    for (p, state), (q, other) in zip(contents(ours), contents(theirs), strict=True):
+        for key, x, y in [("parameter", p, q), *((key, state[key], other[key]) for key in state)]:
+            y = torch.as_tensor(y, dtype=torch.float64)
+            largest = max(1.0, float(y.detach().abs().max()) if y.numel() else 0.0)
+            torch.testing.assert_close(
+                x.double(), y, rtol=torch.finfo(x.dtype).eps / 2,
+                atol=TOLERANCES["bf16, one step"].value * largest + doubt(theirs, key, y) + more,
+                msg=lambda text, key=key: f"{key}: {text}",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,7 +178,7 @@ def test_a_group_added_in_mid_run(row: RuleRow, device: str) -> None:
     assert_close(ours, theirs, 3)
 
 
-@pytest.mark.parametrize("row", (*RULES, *SPARSE_RULES), ids=str)
+@pytest.mark.parametrize("row", ALL, ids=str)
 def test_launches_do_not_depend_on_the_number_of_tensors(row: RuleRow) -> None:
     """Of every rule here, also those that torch lacks; nothing runs."""
     found = []
@@ -177,4 +187,4 @@ def test_launches_do_not_depend_on_the_number_of_tensors(row: RuleRow) -> None:
         optimizer._launcher = recorder = launch.Recorder()
         train([0], optimizer)
         found.append([spec.name for spec, _, _ in recorder.record])
-    assert found[0] == found[1] == found[2] and 2 <= len(found[0]) <= 4
+    assert found[0] == found[1] == found[2] and len(found[0]) >= 2

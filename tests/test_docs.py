@@ -5,7 +5,7 @@ from table import RULES, SPARSE_RULES
 
 
 def test_the_page_of_rules_is_up_to_date() -> None:
-    assert checks.PAGE.read_text(encoding="utf-8") == checks.page(), "run PYTHONPATH=tests python tests/checks.py"
+    assert checks.PAGE.read_text(encoding="utf-8") == checks.page(), "run python tests/checks.py"
 
 
 def test_the_table_tells_what_is_checked_from_what_is_not() -> None:

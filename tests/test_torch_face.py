@@ -8,6 +8,7 @@ import torch
 from compare import (
     BACKENDS,
     EACH,
+    IN_TORCH,
     assert_close,
     assert_equal,
     contents,
@@ -17,12 +18,11 @@ from compare import (
     reference,
     train,
 )  # fmt: skip
-from table import SPARSE_RULES, TORCH_RULES, RuleRow
+from table import RuleRow
 
 import fusedopt
 
-ROWS = (*TORCH_RULES, *SPARSE_RULES)
-CLASSES = tuple(dict.fromkeys(row.cls.__name__ for row in ROWS))
+CLASSES = tuple(row.cls.__name__ for row in EACH)
 DENSE = tuple(row for row in EACH if row.cls.rule.sparse != "only")
 
 
@@ -62,7 +62,7 @@ def test_defaults_groups_and_printed_form_are_torchs(name: str, device: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", IN_TORCH, ids=str)
 def test_three_steps_equal_torch(row: RuleRow, backend: str, device: str) -> None:
     ours = row.cls(parameters_of(row.cls, device), **row.options, backend=backend)
     theirs = reference(row.torch_cls, parameters_of(row.cls, device), **row.options)
@@ -167,7 +167,7 @@ def test_per_group_overrides(row: RuleRow, backend: str, device: str) -> None:
 
     def groups() -> list[dict[str, Any]]:
         given = [options for options in CHANGES if options.keys() <= keys]
-        return [{"params": parameters_of(row.cls, device, seed=i), **options} for i, options in enumerate(given)]
+        return [{"params": parameters_of(row.cls, device, seed=i)[:2], **options} for i, options in enumerate(given)]
 
     ours = row.cls(groups(), **row.options, backend=backend)
     theirs = reference(row.torch_cls, groups(), **row.options)

@@ -62,6 +62,18 @@ TOLERANCES = {
         "of the largest value, or of 1; beside half an ulp of bf16",
         "At most 30 roundings in fp32 of 6e-8 each of terms at most twice the largest value.",
     ),
+    "Adafactor, bf16": Tolerance(
+        1e-2,
+        "share of lr, one step",
+        "Row and column averages are rounded to bf16 before the step uses them: 2⁻⁹ each in R, C and their mean, "
+        "half of it in the root, of a step of at most lr·RMS(p)·|U| ≤ 3 lr.",
+    ),
+    "Muon": Tolerance(
+        0.05,
+        "share of lr·√(longer side), per step",
+        "Newton–Schulz runs in bf16: an input that rounds to the other side differs by 2⁻⁸, and two iterations stretch "
+        "small singular values 3.44 times each.",
+    ),
     "float32 factors": Tolerance(
         4e-7,
         "share of lr, per step, under float64 parameters",

@@ -88,7 +88,7 @@ def update_block(
     g, p, states = _inputs(r, e, at, at_g, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
     descent, new = RULE(g, p, states, s, VARIANT, EXACT)
     if SWITCHES[0]:
-        descent = tl.where(agrees(descent, g), descent * e[5], 0.0)
+        descent = tl.where(agrees(descent, g), descent * e[5], descent * 0.0)  # NaN stays NaN
     total = tl.where(e[2] != 0.0, descent + e[2] * p, descent)
     if SWITCHES[1]:
         total = tl.where(agrees(descent, 0.0 - p), descent, total)
