@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .options import Options
     from .rule import Rule, Slot
+    from .rules.adabelief import AdaBelief
     from .rules.adadelta import Adadelta
     from .rules.adafactor import Adafactor
     from .rules.adagrad import Adagrad
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor", "Adagrad", "Adam",
     "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "Muon", "NAdam", "NovoGrad",
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
     "StableAdamW", "__version__", "flatten_", "make_rule", "unflatten_",

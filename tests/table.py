@@ -66,6 +66,7 @@ RULES = (
     RuleRow("asgd", dict(lr=0.1, t0=1, lambd=0.1, alpha=0.5, weight_decay=0.1, maximize=True), "averaging"),
     RuleRow("rprop"),
     RuleRow("rprop", dict(etas=(0.3, 1.7), step_sizes=(1e-3, 0.02), maximize=True), "etas"),
+    RuleRow("adabelief", dict(lr=0.01, weight_decay=0.1)),
     RuleRow("lion", dict(lr=0.01)),
     RuleRow("lion", dict(lr=0.01, weight_decay=0.1, maximize=True), "decay"),
     RuleRow("lamb", dict(lr=0.01)),

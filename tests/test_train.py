@@ -130,7 +130,7 @@ BAD = {
     "missing file": (["--text", "no_such_file.txt"], "no_such_file.txt does not exist"),
     "folder": (["--text", "."], "is a folder"),
     "unknown optimizer": (["--optimizer", "adamww"], "did you mean adamw?"),
-    "hopeless optimizer": (["--optimizer", "xyz"], "known: adadelta, adafactor"),
+    "hopeless optimizer": (["--optimizer", "xyz"], "known: adabelief, adadelta, adafactor"),
     "unknown option": (["--hiden-size", "8"], "--hidden-size"),
     "unknown schedule": (["--schedule", "cosin"], "cosine"),
     "negative lr": (["--lr", "-1"], "--lr must be a finite number of at least 0, not -1.0"),

@@ -1,6 +1,7 @@
 """Update rules, one file each. Importing this package imports no rule, no Triton, and fixes no mode."""
 
 RULES: dict[str, str] = {
+    "adabelief": "AdaBelief",
     "adadelta": "Adadelta",
     "adafactor": "Adafactor",
     "adagrad": "Adagrad",
