@@ -120,6 +120,8 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
     if options.get("cautious") and (rule.n_norms or not rule.cautious):
         why = "its step is scaled by norms of all of it" if rule.n_norms else "its step does not follow the gradient"
         raise ValueError(f"cautious=True is not defined for {rule.name}: {why}; leave it out")
+    if options.get("cautious") and rule.sparse == "only":
+        raise ValueError(f"cautious=True is not defined for {rule.name}: it counts over whole parameters; leave it out")
     for name in ("cautious_decay", "decay_mode"):
         if options.get(name, DEFAULTS[name]) != DEFAULTS[name] and not rule.decoupled(group):
             raise ValueError(

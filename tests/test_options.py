@@ -103,10 +103,11 @@ def test_options_live_in_one_key_and_only_when_they_differ() -> None:
         (lambda p: fusedopt.AdamW(p, cautios=True), TypeError, "unexpected keyword argument 'cautios'"),  # pyright: ignore[reportCallIssue] # wrong on purpose
         (lambda p: fusedopt.AdamW(p, cautious=1), ValueError, "cautious must be True or False"),  # pyright: ignore[reportArgumentType] # wrong on purpose, as above
         (lambda p: fusedopt.Adam(p, cautious_decay=True), ValueError, "needs decoupled weight decay"),
+        (lambda p: fusedopt.SparseAdam(p, cautious=True), ValueError, "not defined for sparse_adam"),
         (lambda p: fusedopt.AdamW(p, sparse="rows"), ValueError, "sparse must be 'error' or 'lazy'"),  # pyright: ignore[reportArgumentType] # wrong on purpose, as above
         (lambda p: fusedopt.AdamW(p, backend="gpu"), ValueError, "backend must be"),  # pyright: ignore[reportArgumentType] # wrong on purpose, as above
     ],
-    ids=["unknown", "type", "coupled", "sparse", "backend"],
+    ids=["unknown", "type", "coupled", "only sparse", "sparse", "backend"],
 )  # fmt: skip
 def test_bad_options_are_refused_at_the_call(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
