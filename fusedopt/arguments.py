@@ -1,5 +1,6 @@
 """Checks of hyper-parameters, with torch.optim's error types and words where torch has them."""
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -67,9 +68,7 @@ def check_pair(name: str, pair: Any, entries: tuple[str, str]) -> None:
 def check_beta_range(betas: tuple[Any, Any]) -> None:
     """A pair of numbers in [0, 1)."""
     check_pair("betas", betas, ("beta1", "beta2"))
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
+    _check_decay_rates(betas)
 
 
 def check_three_betas(betas: tuple[Any, Any, Any]) -> None:
@@ -78,6 +77,11 @@ def check_three_betas(betas: tuple[Any, Any, Any]) -> None:
         raise ValueError(f"betas must be three numbers (beta1, beta2, beta3), got {betas!r}")
     for i, beta in enumerate(betas):
         check_number(f"betas[{i}]", beta)
+    _check_decay_rates(betas)
+
+
+def _check_decay_rates(betas: Sequence[Any]) -> None:
+    for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}; it must lie in [0, 1)")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedopt_kernels import table
 
-from .groups import GroupOptions
+from .groups import NEVER_SKIPS, GroupOptions
 from .norm import Sums, norm_of
 
 
@@ -32,8 +32,8 @@ class Conditions:
             raise ValueError(
                 "skip_nonfinite and skip_norm_above decide on the whole step: give every param_group the same values"
             )
-        defaults = {table.GRAD_SCALE.value: 1.0, table.SKIP_NONFINITE.value: 0.0, table.SKIP_ABOVE.value: float("inf")}
-        self.numbers: dict[int, Any] = {**defaults, **(asked[0] if asked else {}), **given}
+        skips = asked[0] if asked else NEVER_SKIPS
+        self.numbers: dict[int, Any] = {table.GRAD_SCALE.value: 1.0, **skips, **given}
         self.wants_norm = bool(asked)
         self.uses_total = any(group.uses_total for group in groups)
         self.scaled = bool({table.GRAD_SCALE.value, table.FOUND_INF.value} & given.keys())
@@ -52,8 +52,6 @@ class Conditions:
             numbers = {table.TOTAL_SQUARE.value: totals[0], table.TOTAL_BAD.value: totals[1]}
             self._on[device] = copy(self)
             self._on[device].numbers = {**self.numbers, **numbers}
-            if device.type == "cpu":
-                self.numbers.update(numbers)
         else:
             have.copy_(totals)
 

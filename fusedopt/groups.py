@@ -54,12 +54,11 @@ class GroupOptions:
 
     def _engine_numbers(self, group: dict[str, Any]) -> dict[int, Any]:
         """Numbers that the engine takes from the options, by column of the hyper-parameter row."""
-        independent = self.options.get("decay_mode") == "independent"
         return {
             table.CLIP_NORM.value: _or_inf(self.options.get("clip_grad_norm")),
             table.CLIP_VALUE.value: _or_inf(self.options.get("clip_grad_value")),
             table.L1.value: self.options.get("l1", 0.0),
-            table.LR_INITIAL.value: options.lr_initial(group) if independent else 1.0,
+            table.LR_INITIAL.value: options.lr_initial(group) if self.independent else 1.0,
         }
 
     @property

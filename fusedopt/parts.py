@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
+HOST = torch.device("cpu")
+"""Where eager twins read the numbers of a step, wherever their parameters are."""
+
+
 class Parts:
     """All parts of a plan. tables: those that run kernels; eager: those that run twins."""
 
@@ -31,7 +35,6 @@ class Parts:
         for segments, is_sparse in ((plan.segments, False), (plan.sparse, True)):
             for s in segments:
                 members.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
-        self._check_norms(members)
         for (device, rule, is_sparse), own in members.items():
             if _runs_kernels(device, backend, launcher):
                 kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
@@ -43,18 +46,6 @@ class Parts:
                 self.eager.extend(made if isinstance(made, list) else [made])
         for tables in self.tables:
             tables.set_hypers(range(len(plan.groups)))
-
-    def _check_norms(self, members: dict[tuple[torch.device, Rule, bool], list[Segment]]) -> None:
-        """A norm over all gradients needs every part's.
-
-        Raises:
-            RuntimeError: names the part that cannot give it.
-        """
-        if any(group.wants_norm for group in self.groups):
-            if any(is_sparse for _, _, is_sparse in members):
-                raise RuntimeError(
-                    "clipping and skipping do not take sparse gradients yet; clip with torch.nn.utils before the step"
-                )
 
     def set_hypers(self, changed: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups."""
@@ -73,7 +64,7 @@ class Parts:
             tables.set_conditions(conditions.on(tables.device))
             tables.run()
         for part in self.eager:
-            part.run(plan.grads, conditions)
+            part.run(plan.grads, conditions.on(HOST))
 
     def _conditions_of(self, total_norm: float | Tensor | None) -> Conditions:
         """What this step as a whole depends on; kept, unless the caller gave a norm.
@@ -99,7 +90,7 @@ class Parts:
         for part in self.eager:
             own = part.totals(plan.grads)
             sums.append(torch.tensor([own.square, own.bad], dtype=torch.float64))
-        devices = {part.device for part in self.tables} | ({torch.device("cpu")} if self.eager else set())
+        devices = {part.device for part in self.tables} | ({HOST} if self.eager else set())
         for device in devices:
             conditions.take_totals(device, torch.stack([x.to(device) for x in sums]).sum(0))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import layout
 from .groups import GroupOptions
 from .state import drop_counters, init_state
-from .support import check_distinct, check_supported
+from .support import check_distinct, check_norms, check_supported
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -81,6 +81,7 @@ class Plan:
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
                     in_order = self.groups[index].rule.kernel_part is not None  # matrix rules see rows and columns
                     members.append(Segment(p, index, len(members), in_order))
+        check_norms(self.groups, self.sparse)
         for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
         drop_counters(optimizer)

@@ -44,12 +44,6 @@ def touched(s: Segment, options: GroupOptions) -> tuple[Tensor, Tensor]:
     return rows.contiguous(), grad.values().contiguous()
 
 
-def _row_length(s: Segment, rows: Tensor, values: Tensor) -> int:
-    """Stored numbers in a row."""
-    n = values.numel() * (2 if values.is_complex() else 1)
-    return n // len(rows) if len(rows) else 1
-
-
 class SparseTables(DeviceTables):
     """Tables and launches for the segments of one device whose gradients are sparse."""
 
@@ -65,9 +59,10 @@ class SparseTables(DeviceTables):
         found = [touched(s, self.groups[s.group]) for s in self.segments]
         rows = self.rows.array
         rows[:, table.FLAGS.value] = self.base_flags
-        for row, s, (index, values) in zip(rows, self.segments, found, strict=True):
-            row[table.INDEX.value], row[table.ROW_LENGTH.value] = index.data_ptr(), _row_length(s, index, values)
-            row[table.NUMEL.value] = values.numel() * (2 if values.is_complex() else 1)
+        for row, (index, values) in zip(rows, found, strict=True):
+            stored = values.numel() * (2 if values.is_complex() else 1)
+            row[table.INDEX.value], row[table.NUMEL.value] = index.data_ptr(), stored
+            row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
         self.grads.array[:] = [values.data_ptr() for _, values in found]
         self.rows.upload()
         self.grads.upload()
@@ -83,8 +78,8 @@ class SparseTables(DeviceTables):
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
-        args = (self.rows.tensor, self.grads.tensor, self.counts, self.scalars, self.partials)
-        args = (*args[:2], torch.zeros((1, 2), dtype=torch.int32, device=self.device), *args[3:])
+        chunks = torch.zeros((1, 2), dtype=torch.int32, device=self.device)
+        args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
         ready = [self.launcher.prepare(self._rows_spec(key), args) for key in self._by(self._variant)]
         return super().prepare() + sum(ready)
 

@@ -1,5 +1,6 @@
 """What a step can take: parameters and gradients are checked when a plan is made, before anything is changed."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -15,9 +16,11 @@ from .rule import switched_on
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+    from .plan import Segment
 
 
 def check_supported(optimizer: "FusedOptimizer", p: Tensor, options: GroupOptions) -> None:
+    """Refuse a parameter or gradient that a step cannot take."""
     name = type(optimizer).__name__
     if (grad := p.grad) is not None:
         if grad.layout == torch.sparse_coo:
@@ -55,10 +58,18 @@ def _check_sparse(name: str, p: Tensor, options: GroupOptions) -> None:
             f"weight_decay option is not compatible with sparse gradients: {name} would have to decay every row; use "
             "weight_decay=0, or sparse='lazy' where the rule has it"
         )
-    if options.cautious or options.wants_norm:
-        raise RuntimeError(f"{name}: clipping, skipping and cautious updates do not take sparse gradients yet")
+    if options.cautious:
+        raise RuntimeError(f"{name}: cautious updates do not take sparse gradients yet")
     if not p.is_contiguous():
         raise RuntimeError(f"{name}: a parameter with sparse gradients must be contiguous, got strides {p.stride()}")
+
+
+def check_norms(groups: Sequence[GroupOptions], sparse: Sequence["Segment"]) -> None:
+    """A norm over all gradients needs those of every parameter."""
+    if sparse and any(group.wants_norm for group in groups):
+        raise RuntimeError(
+            "clipping and skipping do not take sparse gradients yet; clip with torch.nn.utils before the step"
+        )
 
 
 def check_distinct(params: list[Tensor], addresses: list[int]) -> None:

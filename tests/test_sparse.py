@@ -196,6 +196,7 @@ def test_warmup_compiles_the_sparse_variant(device: str) -> None:
         ("SGD", dict(weight_decay=0.1), "weight_decay option is not compatible with sparse gradients"),
         ("Adagrad", dict(weight_decay=0.1), "weight_decay option is not compatible with sparse gradients"),
         ("SGD", dict(cautious=True), "do not take sparse gradients"),
+        ("SGD", dict(clip_grad_norm=1.0), "clipping and skipping do not take sparse gradients"),
     ],
     ids=str,
 )
