@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .rules import RULES
 
 if TYPE_CHECKING:
+    from .amp import GradScaler
     from .custom import Optimizer, make_rule
     from .flatten import flatten_, unflatten_
     from .optimizer import FusedOptimizer
@@ -47,14 +48,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor", "Adagrad", "Adam",
-    "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "Lion", "Muon", "NAdam", "NovoGrad",
+    "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "GradScaler", "Lion", "Muon", "NAdam", "NovoGrad",
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
     "StableAdamW", "__version__", "flatten_", "make_rule", "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {
-    "FusedOptimizer": ".optimizer", "Optimizer": ".custom", "Options": ".options", "Rule": ".rule", "Slot": ".rule",
-    "flatten_": ".flatten", "make_rule": ".custom", "unflatten_": ".flatten",
+    "FusedOptimizer": ".optimizer", "GradScaler": ".amp", "Optimizer": ".custom", "Options": ".options",
+    "Rule": ".rule", "Slot": ".rule", "flatten_": ".flatten", "make_rule": ".custom", "unflatten_": ".flatten",
     **{cls: f".rules.{name}" for name, cls in RULES.items()},
 }  # fmt: skip
 

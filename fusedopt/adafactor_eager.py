@@ -19,6 +19,7 @@ from .blocks import BLOCK, Lane, Port, Task, as_tensor
 from .derived import with_group
 from .eager import EagerStep, Scalars
 from .groups import GroupOptions
+from .metrics import Metrics
 from .plan import Segment
 from .rule import Rule
 from .tables import transforms
@@ -90,9 +91,11 @@ class _Variance(Port):
 class VectorEager(EagerStep):
     """Runs vectors and scalars by an ordinary rule of two passes."""
 
-    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
+    ) -> None:
         self.derived, moved = of_dtype(rule, segments, groups)
-        super().__init__(rule, moved, self.derived.list)
+        super().__init__(rule, moved, self.derived.list, metrics)
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups of the plan."""
@@ -102,11 +105,13 @@ class VectorEager(EagerStep):
 class FactoredEager(VectorEager):
     """Runs stacks of matrices: a pass for the sums, then two as for an ordinary rule."""
 
-    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
+    ) -> None:
         seen = [with_group(s, s.group) for s in segments]
         for s in seen:
             s.slots = s.slots[:1]  # its place is taken by the variances
-        super().__init__(rule, seen, groups)
+        super().__init__(rule, seen, groups, metrics)
         self.variances = [_Variance(s) for s in segments]
         self.tasks = [task for i, v in enumerate(self.variances) for task in tasks_in(i, v.stack)]
         for ports, variance in zip(self.ports, self.variances, strict=True):
@@ -168,8 +173,9 @@ def _squares(x: np.ndarray | Tensor, lane: Lane) -> Any:
 
 
 def parts(
-    rules: tuple[Rule, Rule], rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]
-) -> list[VectorEager]:
+    rules: tuple[Rule, Rule], rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions],
+    metrics: Metrics,
+) -> list[VectorEager]:  # fmt: skip
     """The parts of the step; rules: that of matrices, that of vectors."""
     kinds = zip((FactoredEager, VectorEager), rules, split(segments, groups), strict=True)
-    return [kind(inner, few, groups) for kind, inner, few in kinds if few]
+    return [kind(inner, few, groups, metrics) for kind, inner, few in kinds if few]

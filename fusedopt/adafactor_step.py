@@ -17,6 +17,7 @@ from fusedopt_kernels.state import wide
 
 from .derived import DerivedGroups, check_segments, values, with_group
 from .groups import GroupOptions
+from .numbers import Shared
 from .plan import Segment
 from .rule import Rule
 from .tables import DeviceTables, Launch
@@ -77,11 +78,9 @@ def small(p: torch.Tensor) -> tuple[int, ...]:
 class VectorTables(DeviceTables):
     """Tables and launches for vectors and scalars, by an ordinary rule of two passes."""
 
-    def __init__(
-        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], launcher: launch.Launcher
-    ) -> None:
+    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
         self.derived, moved = of_dtype(rule, segments, groups)
-        super().__init__(rule, moved, self.derived.list, launcher)
+        super().__init__(rule, moved, self.derived.list, shared)
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups of the plan."""
@@ -180,8 +179,8 @@ class FactoredTables(VectorTables):
 
 def parts(
     rules: tuple[Rule, Rule], rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions],
-    launcher: launch.Launcher,
+    shared: Shared,
 ) -> list[VectorTables]:  # fmt: skip
     """The parts of the step; rules: that of matrices, that of vectors."""
     kinds = zip((FactoredTables, VectorTables), rules, split(segments, groups), strict=True)
-    return [kind(inner, few, groups, launcher) for kind, inner, few in kinds if few]
+    return [kind(inner, few, groups, shared) for kind, inner, few in kinds if few]

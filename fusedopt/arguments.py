@@ -120,16 +120,18 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
 
 
-def check_total_norm(norm: Any) -> None:
-    """None, a number of at least 0 (or NaN), or a one-element fp32 or fp64 tensor."""
-    if norm is None:
+def check_given(name: str, value: Any) -> None:
+    """What a step is given: None, a number of at least 0 (or NaN), or a one-element fp32 or fp64 tensor."""
+    if value is None:
         return
-    check_number("total_norm", norm)
-    if isinstance(norm, torch.Tensor):
-        if norm.numel() != 1 or norm.dtype not in (torch.float32, torch.float64):
+    check_number(name, value)
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"total_norm must be a number or a one-element float32 or float64 tensor, got {norm.dtype} of shape "
-                f"{tuple(norm.shape)}"
+                f"{name} must be a number or a one-element float32 or float64 tensor, got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
             )
-    elif norm < 0.0:
-        raise ValueError(f"Invalid total_norm value: {norm}; it must be at least 0")
+    elif value < 0.0 or (value == 0.0 and name == "grad_scale"):
+        raise ValueError(
+            f"Invalid {name} value: {value}; it must be {'above' if name == 'grad_scale' else 'at least'} 0"
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .average import EMA
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -36,15 +37,16 @@ def step(optimizer: "FusedOptimizer") -> None:
 
 
 def _tensors(optimizer: "FusedOptimizer") -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters with a gradient, their gradients and their state, in a fixed order."""
+    """Parameters with a gradient, their gradients, and all state that a step changes, in a fixed order."""
     params, grads, states = [], [], []
     for group in optimizer.param_groups:
         for p in group["params"]:
+            state = optimizer.state[p] if p in optimizer.state else {}
             if p.grad is not None:
                 params.append(p)
                 grads.append(p.grad)
-                if p in optimizer.state:
-                    states.extend(v for v in optimizer.state[p].values() if isinstance(v, Tensor))
+            if p.grad is not None or EMA in state:  # a weight is averaged without a gradient too
+                states.extend(v for v in state.values() if isinstance(v, Tensor))
     return params, grads, states
 
 

@@ -12,11 +12,14 @@ from .options import KEY
 from .plan import Segment
 from .rule import Rule
 
-BEFORE = {"clip_grad_norm", "clip_scope", "clip_grad_value", "skip_nonfinite", "skip_norm_above", "state_dtype"}
+BEFORE = {
+    "clip_grad_norm", "clip_norm_type", "clip_scope", "clip_grad_value", "skip_nonfinite", "skip_norm_above",
+    "state_dtype",
+}  # fmt: skip
 """Options that concern gradients and state."""
 AFTER = {"weights", "cautious_decay", "decay_mode", "lr_initial"}
 """Options that concern parameters."""
-KNOWN = {"version"} | BEFORE | AFTER
+KNOWN = {"version", "ema_decay", "ema_warmup"} | BEFORE | AFTER
 
 Make = Callable[[GroupOptions, Any], dict[str, Any]]
 """(group of the plan, key) → group of the part."""
@@ -48,7 +51,9 @@ class DerivedGroups:
         return list(places.values())
 
     def _made(self, group: int, key: Any) -> GroupOptions:
-        return GroupOptions(self.rule, self.make(self.groups[group], key))
+        made = GroupOptions(self.rule, self.make(self.groups[group], key))
+        made.origin = (group, key)
+        return made
 
 
 def values(group: GroupOptions, options: Container[str] = KNOWN) -> dict[str, Any]:
@@ -81,6 +86,7 @@ class DerivedSegment(Segment):
         self.param, self.group, self.position, self.direction = source.param, group, position, direction
         self.weight, self.residual, self.mask = source.weight, source.residual, source.mask
         self.grad_buffer, self.counter, self.slots, self.numbers = None, None, [], []
+        self.ema, self.ema_step = None, None
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -91,4 +97,11 @@ def with_group(s: Segment, group: int) -> Segment:
     """The same segment in another group."""
     s = copy(s)
     s.group = group
+    return s
+
+
+def without_average(s: Segment) -> Segment:
+    """The same segment, whose average is renewed elsewhere."""
+    s = copy(s)
+    s.ema = s.ema_step = None
     return s

@@ -1,5 +1,6 @@
 """The whole step without kernels, composed from the same parts: eager twins run over blocks (``blocks.py``)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from fusedopt_kernels import table
 from fusedopt_kernels.numerics import REAL_TYPE, compute_type
 
-from .blocks import Lane, Port, Task, Workers, tasks_of
+from .blocks import Lane, Port, Task, Workers, as_array, as_tensor, tasks_of
 from .conditions import Conditions, StepNumbers
 from .groups import GroupOptions
+from .metrics import Metrics, Report, of_numbers
 from .norm import Sums, clip_coefficient, eager_sums, norm_of, square_sum
 from .plan import Segment
 from .rule import Rule
@@ -25,7 +27,9 @@ Scalars = tuple[Any, ...]
 class EagerStep:
     """Runs the segments of one device with eager twins."""
 
-    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
+    ) -> None:
         self.rule, self.segments, self.groups = rule, segments, groups
         lengths = [s.numel for s in segments]
         self.tasks = tasks_of(lengths)
@@ -33,57 +37,109 @@ class EagerStep:
         self.ports = [_ports(s) for s in segments]
         self._sums = Sums(0.0, 0.0, [])
         self._scaled = False
-        self.skipped = False
+        self._step = StepNumbers(1.0, 0.0, False, False, False)
+        self._clips: list[float] = []
+        self._norms: list[float] | None = None
+        self._kind = table.NORM_TWO.value
+        self._change = [[math.nan] * 2 for _ in segments] if metrics.change else None
+        self.tally: Tensor | None = None
         self._programs: dict[Any, Program] = {}
         self._scalars: dict[tuple[int, float], tuple[float, ...]] = {}
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Hyper-parameters are read when scalars are computed; nothing to upload."""
 
-    def totals(self, grads: list[Tensor]) -> Sums:
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was."""
+        return self._step.skip
+
+    @property
+    def found(self) -> Tensor:
+        """Whether a gradient of the last step held inf or NaN: 1.0 or 0.0, 0-dim fp32."""
+        return torch.tensor(float(self._step.bad), dtype=torch.float32)
+
+    def report(self) -> Report:
+        """What the last step measured."""
+        params = [s.param for s in self.segments]
+        return of_numbers(params, self._step, self._clips, self._norms, self._change, self._kind)
+
+    def totals(self, grads: list[Tensor], kind: int) -> Sums:
         """Sums over this part's gradients; ``grads`` are those of the whole plan, by segment position."""
         with np.errstate(all="ignore"):
-            self._sums = eager_sums([grads[s.position] for s in self.segments], self.workers)
+            self._sums = eager_sums([grads[s.position] for s in self.segments], self.workers, kind)
         return self._sums
 
-    def run(self, grads: list[Tensor], conditions: Conditions | None = None) -> None:
+    def run(self, grads: list[Tensor], conditions: Conditions) -> None:
         """One step over all segments under a step's conditions; after `totals` where the norm is of several parts."""
-        conditions = conditions or Conditions(self.groups, False, {})
         own = [grads[s.position] for s in self.segments]
         wide = any(REAL_TYPE.get(g.dtype, g.dtype) == torch.float64 for g in own)
-        needs_own = self.rule.grad_norm or any(self.groups[s.group].clips_alone for s in self.segments)
-        mode = conditions.norm_mode
-        if mode == table.OWN_NORM.value or (needs_own and mode != table.SUMMED_NORM.value):
-            self.totals(grads)
+        use = conditions.use(self.rule, any(self.groups[s.group].clips_alone for s in self.segments))
+        needs_own = use.own or self.rule.grad_norm
+        if conditions.norm_mode == table.OWN_NORM.value or (needs_own and use.mode != table.SUMMED_NORM.value):
+            self.totals(grads, use.kind)
         with np.errstate(all="ignore"):  # norms and scalars may be infinite, as on the device
-            step = StepNumbers.of(conditions, self._sums, wide)
-            self.skipped = step.skip
+            self._step = step = StepNumbers.of(conditions, self._sums, wide)
+            self._kind, self._scaled = use.kind, use.scaled or use.with_norm
+            norms = [norm_of(x, wide, use.kind) * step.inverse for x in self._sums.own] if needs_own else None
+            self._norms, each = norms, norms or [step.norm] * len(own)
+            self._clips = [self._clip(s, step, norm) for s, norm in zip(self.segments, each, strict=True)]
+            self._count()
             if step.skip:
                 return
-            self._scaled = conditions.scaled or mode != table.NO_NORM.value or self.rule.grad_norm
-            norms = [norm_of(x, wide) * step.inverse for x in self._sums.own] if needs_own else [0.0] * len(own)
             self._scalars.clear()
             self._programs.clear()
             ports = [
                 (Port(g, first[0].compute), *first) for g, first in zip(own, self.ports, strict=True)
             ]  # gradient, parameter, state, mask
-            numbers = [self._numbers(s, step, norm) for s, norm in zip(self.segments, norms, strict=True)]
+            numbers = [self._numbers(s, step, *x) for s, *x in zip(self.segments, each, self._clips, strict=True)]
             if self.rule.n_norms or any(group.cautious for group in self.groups):
                 numbers = self._measured(ports, numbers)
             programs = [self._program(s, *n) for s, n in zip(self.segments, numbers, strict=True)]
+        self._update(ports, programs)
+
+    def _update(self, ports: Sequence[tuple[Port, ...]], programs: Sequence[Program]) -> None:
+        """The second pass, or the only one."""
+        changes: dict[Task, tuple[float, float]] = {}
 
         def update(task: Task, lane: Lane) -> None:
             index, low, high = task
             arrays = [port.load(low, high, lane) for port in ports[index]]
+            before = None
+            if self._change is not None:
+                before = lane.take(ports[index][1].compute, high - low)
+                as_tensor(before).copy_(as_tensor(arrays[1]))
             programs[index].run(arrays, lane)
             written = 2 + len(self.segments[index].slots)
             for port, array in zip(ports[index][1:written], arrays[1:written], strict=True):
                 port.store(low, high, array)
+            if before is not None:
+                held = as_tensor(ports[index][1].load(low, high, lane))
+                change = as_array(torch.sub(held, as_tensor(before), out=as_tensor(before)))
+                changes[task] = square_sum(as_array(held), lane), square_sum(change, lane)
 
         self.workers.run(update, self.tasks)
+        if self._change is not None:
+            sums = [[0.0, 0.0] for _ in self.segments]
+            for task in self.tasks:
+                sums[task.index] = [a + b for a, b in zip(sums[task.index], changes[task], strict=True)]
+            self._change = sums
+
+    def _count(self) -> None:
+        """Renew the running counts: see ``table.py``."""
+        if self.tally is not None:
+            step = self._step
+            clipped = not step.skip and min(self._clips, default=1.0) < 1.0
+            self.tally += torch.tensor([1, clipped, step.skip, step.bad], dtype=torch.float64)
 
     # ------------------------------------------------------------------------------------------------- scalars
-    def _numbers(self, segment: Segment, step: StepNumbers, norm: float) -> tuple[Scalars, Scalars]:
+    def _clip(self, segment: Segment, step: StepNumbers, norm: float) -> float:
+        """What norm clipping multiplies a segment's gradient with; norm: its own."""
+        group = self.groups[segment.group]
+        limit = float(group.numbers[table.CLIP_NORM.value]) if step.with_norm else math.inf
+        return clip_coefficient(norm if group.clips_alone else step.norm, limit)
+
+    def _numbers(self, segment: Segment, step: StepNumbers, norm: float, clip: float) -> tuple[Scalars, Scalars]:
         """Engine scalars (see ``coefficient.py``) and the rule's own in the compute type, after counting this step."""
         t = 1.0
         if segment.counter is not None:
@@ -94,8 +150,6 @@ class EagerStep:
         known = self._scalars.get(key)
         if known is None:
             numbers = {column: float(x) for column, x in group.numbers.items()}
-            clipped = norm if group.clips_alone else step.norm
-            clip = clip_coefficient(clipped, numbers[table.CLIP_NORM.value]) if step.with_norm else 1.0
             hyper = tuple(float(h) for h in group.hypers)
             rules = self._rule_scalars(segment, hyper, t, norm * clip)
             share = (*rules, hyper[0] * hyper[1])[self.rule.n_scalars]

@@ -1,5 +1,6 @@
 """The options of one parameter group, as a plan was built from them."""
 
+from collections.abc import Hashable
 from copy import copy
 from operator import is_, itemgetter
 from typing import Any
@@ -14,12 +15,16 @@ from .rule import Rule, lookup, switched_on
 NEVER_SKIPS = {table.SKIP_NONFINITE.value: 0.0, table.SKIP_ABOVE.value: float("inf")}
 """Numbers of a group that leaves every step to be made."""
 
+KINDS = {1.0: table.NORM_ONE.value, 2.0: table.NORM_TWO.value, float("inf"): table.NORM_INF.value}
+"""Norms of gradients, by ``norm_type``."""
+
 
 class GroupOptions:
     """What the plan needs to know of one parameter group, and whether it still holds."""
 
     def __init__(self, rule: Rule, group: dict[str, Any]) -> None:
         self.rule = rule
+        self.origin: Hashable = None  # what it was derived from, see `derived.py`
         self.keys = [key for key in group if key != "params"]
         self._pick = itemgetter(*self.keys)
         self.values: tuple[Any, ...] = self._pick(group)
@@ -44,6 +49,8 @@ class GroupOptions:
         self.wants_norm = self.options.get("skip_nonfinite", False) or any(limit is not None for limit in limits)
         clips = self.options.get("clip_grad_norm") is not None
         self.clips_alone = clips and self.options.get("clip_scope") == "tensor"
+        self.averaged = self.options.get("ema_decay") is not None
+        self.norm_kind = KINDS[self.options.get("clip_norm_type", 2.0)]
         self.uses_total = self.wants_norm and not (self.clips_alone and self.step_numbers == NEVER_SKIPS)
         self.cautious = bool(self.options.get("cautious", False))
         self.cautious_decay = bool(self.options.get("cautious_decay", False))
@@ -59,6 +66,8 @@ class GroupOptions:
             table.CLIP_VALUE.value: _or_inf(self.options.get("clip_grad_value")),
             table.L1.value: self.options.get("l1", 0.0),
             table.LR_INITIAL.value: options.lr_initial(group) if self.independent else 1.0,
+            table.EMA_DECAY.value: 0.0 if (decay := self.options.get("ema_decay")) is None else decay,
+            table.EMA_WARMUP.value: float(self.options.get("ema_warmup", False)),
         }
 
     @property
@@ -91,7 +100,7 @@ class GroupOptions:
 
     def _structure(self) -> tuple[Any, ...]:
         switches = {k: v for k, v in self.options.items() if k not in options.NUMBERS}
-        on = (self.clips_value, self.l1, self.wants_norm)
+        on = (self.clips_value, self.l1, self.wants_norm, self.averaged)
         return self.variant, self.slots, self.decoupled, self.maximize, switches, on
 
 

@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels import launch, table
-from fusedopt_kernels.numerics import compute_type
 from fusedopt_kernels.param import scratch
 
-from .blocks import Lane, Port, as_tensor
 from .conditions import Conditions
 from .derived import AFTER, BEFORE, DerivedGroups, DerivedSegment, check_segments, values, with_group
-from .eager import EagerStep
 from .groups import GroupOptions
-from .norm import Sums
+from .metrics import Report
+from .numbers import Shared
 from .plan import Segment
 from .rule import Rule
 from .tables import DeviceTables
@@ -179,19 +177,17 @@ class MuonTables:
 
     def __init__(
         self, rules: tuple[Rule, Rule], rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions],
-        launcher: launch.Launcher,
+        shared: Shared,
     ) -> None:  # fmt: skip
         self.work = Directions(rules, segments, groups)
         for s, view in zip(self.work.first, self.work.views, strict=True):
             s.residual = view
-        self.momentum = _DirectionTables(rules[0], self.work.first, self.work.before.list, launcher)
-        self.apply = DeviceTables(rules[1], self.work.second, self.work.after.list, launcher)
+        self.momentum = _DirectionTables(rules[0], self.work.first, self.work.before.list, shared)
+        self.apply = DeviceTables(rules[1], self.work.second, self.work.after.list, shared)
         self.apply.set_gradients([view.data_ptr() for view in self.work.views])
         self.device = self.momentum.device
         skipped = self.momentum.header[table.SKIPPED.value]
-        self._after = {
-            on: Conditions((), False, {table.FOUND_INF.value: skipped} if on else {}) for on in (False, True)
-        }
+        self._after = {on: Conditions((), {table.FOUND_INF.value: skipped} if on else {}) for on in (False, True)}
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups."""
@@ -205,11 +201,32 @@ class MuonTables:
     def set_conditions(self, conditions: Conditions) -> None:
         """Take what holds for this step as a whole; pass 3 is skipped when pass 1 was."""
         self.momentum.set_conditions(conditions)
-        self.apply.set_conditions(self._after[self.momentum.with_norm or self.momentum.scaled])
+        self.apply.set_conditions(self._after[self.momentum.use.with_norm or self.momentum.use.scaled])
 
-    def totals(self) -> Tensor:
+    def set_agreed(self, conditions: Conditions) -> None:
+        """Take what the groups agree on."""
+        self.momentum.set_agreed(conditions)
+
+    def count_steps(self, tally: Tensor) -> None:
+        """Keep running counts there."""
+        self.momentum.count_steps(tally)
+
+    def report(self) -> Report:
+        """What the last step measured."""
+        return self.momentum.report()
+
+    @property
+    def header(self) -> Tensor:
+        """Results of the step."""
+        return self.momentum.header
+
+    def totals(self, kind: int) -> Tensor:
         """Sums over the gradients, see `DeviceTables.totals`."""
-        return self.momentum.totals()
+        return self.momentum.totals(kind)
+
+    def prepare_totals(self, kind: int) -> int:
+        """The same for `totals`."""
+        return self.momentum.prepare_totals(kind)
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
@@ -231,40 +248,3 @@ class _DirectionTables(DeviceTables):
 
     def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
         return replace(super()._update_variant(key), weight=scratch.codec())
-
-
-class MuonEager:
-    """The step with eager twins; see the module's text."""
-
-    def __init__(
-        self, rules: tuple[Rule, Rule], rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]
-    ) -> None:
-        self.work = Directions(rules, segments, groups)
-        self.momentum = EagerStep(rules[0], self.work.first, self.work.before.list)
-        for ports, s, view in zip(self.momentum.ports, segments, self.work.views, strict=True):
-            ports[0] = _ScratchPort(view, compute_type(s.weight.dtype))
-        self.apply = EagerStep(rules[1], self.work.second, self.work.after.list)
-
-    def set_hypers(self, indices: Sequence[int]) -> None:
-        """Take the current hyper-parameters of some groups."""
-        self.work.renew(indices)
-
-    def totals(self, grads: list[Tensor]) -> Sums:
-        """Sums over the gradients, see `EagerStep.totals`."""
-        return self.momentum.totals(grads)
-
-    def run(self, grads: list[Tensor], conditions: Conditions) -> None:
-        """One step over all segments; ``grads`` are those of the whole plan, by segment position."""
-        self.momentum.run(grads, conditions)
-        if not self.momentum.skipped:
-            self.work.orthogonalise()
-            self.apply.run(self.work.views, Conditions((), False, {}))
-
-
-class _ScratchPort(Port):
-    """Eager twin of ``param/scratch.py``: reads zeros, keeps the new value rounded to bf16."""
-
-    def load(self, low: int, high: int, lane: Lane) -> Any:
-        array = lane.take(self.compute, high - low)
-        as_tensor(array).zero_()
-        return array

@@ -1,4 +1,4 @@
-"""Gradient norm without kernels: fp64 sums per block, then over blocks in order."""
+"""Gradient norm without kernels: fp64 sums per block, then over blocks in order. Kinds as in ``table.py``."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fusedopt_kernels import table
 
 from . import layout
 from .blocks import Lane, Port, Task, Workers, tasks_of
@@ -22,15 +24,33 @@ def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:
     return float(np.add.reduce(squares))
 
 
-class Sums(NamedTuple):
-    """Of some gradients: sum of squares, 1.0 if an element is inf or NaN, sum of squares of each."""
+def magnitudes(x: np.ndarray | Tensor, lane: Lane, kind: int) -> float:
+    """What a norm sums up of a block, in fp64: squares, magnitudes, or the largest of these (NaN if there is one)."""
+    if kind == table.NORM_TWO.value:
+        return square_sum(x, lane)
+    if not len(x):
+        return 0.0
+    if isinstance(x, Tensor):
+        return float(x.double().abs().sum() if kind == table.NORM_ONE.value else x.double().abs().max())
+    found = lane.take(torch.float64, len(x))
+    np.abs(x, out=found)
+    return float(np.add.reduce(found) if kind == table.NORM_ONE.value else np.max(found))
 
-    square: float
+
+def join(a: float, b: float, kind: int) -> float:
+    """Two partial results as one."""
+    return float(np.maximum(a, b)) if kind == table.NORM_INF.value else a + b
+
+
+class Sums(NamedTuple):
+    """Of some gradients: sum of squares (or as a kind says), 1.0 if an element is inf or NaN, sum of each."""
+
+    total: float
     bad: float
     own: list[float]
 
 
-def eager_sums(grads: Sequence[Tensor], workers: Workers) -> Sums:
+def eager_sums(grads: Sequence[Tensor], workers: Workers, kind: int = table.NORM_TWO.value) -> Sums:
     """Sums in fp64, block after block; the norms agree with the kernels' within one ulp."""
     flats = [layout.flat(g) for g in grads]
     ports = [Port(g, torch.float64 if g.dtype == torch.float64 else torch.float32) for g in flats]
@@ -40,21 +60,21 @@ def eager_sums(grads: Sequence[Tensor], workers: Workers) -> Sums:
 
     def block(task: Task, lane: Lane) -> None:
         index, low, high = task
-        sums[task] = square_sum(ports[index].load(low, high, lane), lane)
+        sums[task] = magnitudes(ports[index].load(low, high, lane), lane, kind)
         # squares of fp64 numbers may overflow, so an infinite sum says only that every element has to be looked at
         finite[task] = math.isfinite(sums[task]) or bool(torch.isfinite(flats[index][low:high]).all())
 
     workers.run(block, tasks)
     total, own = 0.0, [0.0] * len(flats)
     for task in tasks:
-        total += sums[task]
-        own[task.index] += sums[task]
+        total = join(total, sums[task], kind)
+        own[task.index] = join(own[task.index], sums[task], kind)
     return Sums(total, float(not all(finite.values())), own)
 
 
-def norm_of(square: float, wide: bool) -> float:
-    """Root, rounded to fp32 once unless ``wide`` (a gradient is fp64) or beyond fp32's range."""
-    norm = math.sqrt(square) if square == square else math.nan
+def norm_of(total: float, wide: bool, kind: int = table.NORM_TWO.value) -> float:
+    """The norm, rounded to fp32 once unless ``wide`` (a gradient is fp64) or beyond fp32's range."""
+    norm = total if kind != table.NORM_TWO.value or total != total else math.sqrt(total)
     narrow = float(np.float32(norm))
     return norm if wide or narrow == math.inf else narrow
 

@@ -2,28 +2,26 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Unpack
+from contextlib import AbstractContextManager
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from fusedopt_kernels import launch
-
-from . import buffers, checkpoint, compiled, flatten, options
-from .arguments import check_backend, check_flags, check_total_norm
+from . import checkpoint, compiled, flatten, options
+from .arguments import check_backend, check_flags
+from .average import ema_parameters, refuse_swapped, swap_ema
+from .captures import refresh
 from .groups import GroupOptions
+from .metrics import Metrics, collect
 from .options import Options
-from .parts import Parts
-from .plan import Plan, Segment
-from .rule import Rule
+from .plan import Segment
 from .state import MASK, init_state
-from .upload import capturing
+from .stepper import Stepper
 from .warmup import compile_variants
 
-_LAUNCHER = launch.Launcher()
 
-
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Stepper):
     """Base of all optimizers here: a `Rule` run in a fixed number of launches over all parameters.
 
     Drops in for torch.optim: group keys, state keys, hooks, closures and checkpoints are torch's. Nothing is
@@ -34,31 +32,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     a group may give its own (except backend).
     """
 
-    rule: ClassVar[Rule]
-    backend: str = "auto"
-    _plan: Plan | None = None
-    _parts: Parts
-    _total_norm: float | Tensor | None = None
-    _launcher: launch.Launcher = _LAUNCHER
+    _step_supports_amp_scaling = False  # torch.amp.GradScaler reads it; False is the compatible choice
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **chosen: Unpack[Options]) -> None:
         self.backend = chosen.get("backend", "auto")
         check_backend(self.backend)
+        self._metrics = Metrics(chosen.get("metrics", ()))
+        if not isinstance(amp_scaling := chosen.get("amp_scaling", False), bool):
+            raise ValueError(f"amp_scaling must be True or False, got {amp_scaling!r}")
+        self._step_supports_amp_scaling = amp_scaling
         self._options = options.given(type(self).__name__, chosen)
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
-        self._forget_plan()
-        self._captures: list[tuple[Plan, Parts]] = []
+        self._begin()
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
-
-    def rule_of(self, group: dict[str, Any]) -> Rule:
-        """The rule that updates a group's parameters."""
-        return self.rule
-
-    def defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Group keys of that rule, with their defaults."""
-        return self.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options of ours among its keys hold for it alone.
@@ -67,8 +55,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: an option that its rule cannot follow; nothing is added then.
         """
         if isinstance(param_group, dict):
-            if "backend" in param_group:
-                raise ValueError("backend belongs to the whole optimizer: pass it to the constructor, not in a group")
+            if name := next((name for name in options.WHOLE if name in param_group), None):
+                raise ValueError(f"{name} belongs to the whole optimizer: pass it to the constructor, not in a group")
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
@@ -77,16 +65,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             if chosen:
                 param_group[options.KEY] = chosen
         super().add_param_group(param_group)
-
-    @property
-    def _tables(self) -> list[Any]:
-        """Parts of the present plan that run kernels."""
-        return [] if self._plan is None else self._parts.tables
-
-    @property
-    def _eager(self) -> list[Any]:
-        """Parts of the present plan that run twins."""
-        return [] if self._plan is None else self._parts.eager
 
     # ---------------------------------------------------------------------------------------------------- step
     def _patch_step_function(self) -> None:
@@ -105,22 +83,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: total_norm without an option that uses it.
         """
+        refuse_swapped(self, "step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_total_norm(total_norm)
         if torch.compiler.is_compiling():
             if total_norm is not None:
                 raise RuntimeError("step(total_norm=…) does not work under torch.compile: call it outside the graph")
             compiled.step(self)
         else:
-            self._total_norm = total_norm
-            try:
-                with torch.no_grad():
-                    self._step()
-            finally:
-                self._total_norm = None
+            with torch.no_grad():
+                self._step(total_norm=total_norm)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -135,68 +109,49 @@ class FusedOptimizer(torch.optim.Optimizer):
         else:
             super().zero_grad(set_to_none)
 
-    def _step(self, grads: list[Tensor] | None = None) -> None:
-        """One step; ``grads`` stand in for the gradients of the parameters that have one, in their order."""
-        if capturing():
-            self._capture(grads)
-            return
-        plan, changed = self._plan, None
-        if plan is not None and plan.refresh(self):
-            changed = plan.changed_groups(self)
-        if plan is None or changed is None:
-            plan = self._build()
-        elif changed:
-            self._parts.set_hypers(changed)
-        self._run(plan, grads)
+    def refresh(self) -> None:
+        """Bring hyper-parameters that changed to the device, for captured steps.
 
-    def _run(self, plan: Plan, grads: list[Tensor] | None) -> None:
-        if grads is not None:
-            plan.replace_gradients(grads)
-        plan.pack()
-        self._parts.run(plan, self._total_norm)
-        plan.unpack()
+        A replay of a CUDA graph reads lr, betas, weight decay and thresholds from the device: tensors as they are when
+        it runs, floats as they were at the last step outside of the graph or the last ``refresh()``, whichever came
+        later. Call it on the stream that replays, after a scheduler or you changed a float and before the replay; and
+        before a capture. It copies asynchronously and only what changed; gradients, state and counts are not touched.
 
-    def _capture(self, grads: list[Tensor] | None) -> None:
-        """A step that goes into a CUDA graph, with tables of its own that live as long as the optimizer.
-
-        A replay reads the addresses that were captured, whatever later steps upload or rebuild.
+        Raises:
+            RuntimeError: a change that needs other kernels or state than a captured step has.
         """
-        plan = self._build()
-        if self._parts.eager:
-            raise RuntimeError("only Triton kernels can be captured in a CUDA graph: eager twins read from the device")
-        if any(group.on_host for group in plan.groups):
-            raise RuntimeError(
-                "a hyper-parameter is a CPU tensor, whose changes a captured CUDA graph would not see; "
-                "make it a tensor on the GPU, or a float to keep its value in the graph"
-            )
-        self._captures.append((plan, self._parts))
-        self._run(plan, grads)
-        self._forget_plan()
+        refresh(self)
 
-    def _forget_plan(self) -> None:
-        """Drop the plan and everything it holds: state, packed parameters, device tables."""
-        self._plan = None
-        self.__dict__.pop("_parts", None)
-        self._written: list[Tensor] = []
+    def metrics(self, per: str = "model") -> dict[str, Tensor]:
+        """Numbers about the last step by name, 0-dim float64 tensors on its device; nothing waits for the device.
 
-    def _build(self) -> Plan:
-        """A new plan from what is there now, and its parts by device."""
-        self._forget_plan()
-        plan = Plan(self)
-        self._parts = Parts(plan, self.backend, self._launcher)
-        self._plan = plan
-        if any(map(buffers.is_placed, plan.params)):
-            self._written = flatten.bases(plan.params)
-        return plan
+        See `fusedopt.metrics.collect` for the names. Those that the option ``metrics`` asks for are measured; others
+        are there when the step has them anyway. Counts start with the optimizer and are not saved.
+
+        Args:
+            per: ``"model"``; ``"group"`` or ``"tensor"`` for names such as ``"grad_norm/0"`` (index of the group) or
+                ``"grad_norm/0.3"`` (group and index in it; the parameter's name where the optimizer was given names).
+
+        Raises:
+            RuntimeError: there was no step yet. ValueError: another ``per``.
+        """
+        return collect(self, per)
 
     # --------------------------------------------------------------------------------------------------- state
     def materialize_state(self) -> None:
-        """Create the state of every parameter that requires a gradient, without stepping."""
+        """Create the state of every parameter that requires a gradient, and all weight averages, without stepping.
+
+        Raises:
+            RuntimeError: inside `swap_ema`.
+        """
+        refuse_swapped(self, "materialize_state()")
         plan_groups = [GroupOptions(self.rule_of(group), group) for group in self.param_groups]
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
                     init_state(self, Segment(p, index, 0), plan_groups[index])
+        if any(group.averaged for group in plan_groups):
+            self.ema_parameters()
 
     def set_update_mask(self, param: Tensor, mask: Tensor | None) -> None:
         """Let only some elements of a parameter change; its state follows the whole gradient all the same.
@@ -228,14 +183,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget_plan()
         return self
 
-    def warmup(self) -> tuple[int, float]:
+    def warmup(self, *, scaled: bool = False) -> tuple[int, float]:
         """Compile every kernel variant of the current groups; steps nothing and changes no state.
+
+        scaled: those of steps under a GradScaler (`fusedopt.GradScaler`, or torch's with ``amp_scaling=True``).
 
         Under torch.distributed every rank must call it: the lowest local rank compiles first, the others then find
         its results in Triton's cache. Returns (number of kernels made ready, seconds).
         """
         start = time.perf_counter()
-        return compile_variants(self), time.perf_counter() - start
+        return compile_variants(self, scaled), time.perf_counter() - start
+
+    # -------------------------------------------------------------------------------------------- weight average
+    def ema_parameters(self) -> list[Tensor]:
+        """Running averages of the weights (option ``ema_decay``), in the order of the parameters.
+
+        Raises:
+            RuntimeError: no group has ``ema_decay``.
+        """
+        return ema_parameters(self)
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """A context in which the parameters hold their averages, rounded to their dtype: for validation and saving.
+
+        On exit the training weights return bit for bit. It takes memory for one more copy of the weights.
+
+        Raises:
+            RuntimeError: no group has ``ema_decay``; contexts in one another; a step or a load inside.
+        """
+        return swap_ema(self)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,7 +219,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: groups that do not match, or a file written by a newer format.
+            RuntimeError: inside `swap_ema`.
         """
+        refuse_swapped(self, "load_state_dict()")
         checkpoint.load(self, state_dict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,15 +230,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             "backend": self.backend,
             "_counters": self._counters,
             "_options": self._options,
+            "_metrics": self._metrics,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = dict(state["defaults"] if "defaults" in state else self.defaults)
         super().__setstate__(state)
         self.defaults = defaults  # torch adds `differentiable`, also to classes that do not know it
-        self._forget_plan()
+        if "_shared" in self.__dict__:  # torch's load_state_dict comes here too
+            self._forget_plan()
+        else:
+            self._begin()
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_options", {})
-        self.__dict__.setdefault("_captures", [])
         self._handle = compiled.handle_of(self)
         checkpoint.restore(self)

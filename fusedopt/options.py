@@ -3,7 +3,7 @@
 Those that differ from torch's behaviour live in the one group key ``"fusedopt"``; a parameter group may give its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -25,16 +25,27 @@ class Options(TypedDict, total=False):
     backend: ``"auto"`` (default) runs Triton kernels on GPU tensors and eager twins on others; ``"triton"`` insists
     on kernels; ``"eager"`` runs the twins everywhere. For the whole optimizer.
 
-    clip_grad_norm: largest L2 norm of the gradients after unscaling, float or one-element tensor; default None. Each
+    amp_scaling: `torch.amp.GradScaler` hands its scale and overflow flag to the step, which unscales on the way into
+    the update and skips on the device; default False: the scaler unscales ``p.grad`` itself and leaves the step out,
+    which Lightning and accelerate rely on. `fusedopt.GradScaler` needs neither. For the whole optimizer.
+
+    metrics: names of what `FusedOptimizer.metrics` is to have measured; default none. For the whole optimizer.
+
+    clip_grad_norm: largest norm of the gradients after unscaling, float or one-element tensor; default None. Each
     gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
     its way into the update: ``p.grad`` is left as it is. clip_scope: ``"global"`` (default) clips the norm of all the
-    optimizer's gradients, ``"tensor"`` each parameter's own.
+    optimizer's gradients, ``"tensor"`` each parameter's own. clip_norm_type: 2.0 (default), 1.0 or inf; groups agree.
 
     clip_grad_value: largest magnitude of a gradient element, after norm clipping; float or tensor, default None.
 
     skip_nonfinite: a step whose gradients hold inf or NaN changes nothing; default False. skip_norm_above: likewise a
     step whose norm before clipping is above this, or is not finite; float or tensor, default None. Both are decided on
     the device, for the whole optimizer: groups must agree.
+
+    ema_decay: keep a running average of the weights, ema ← ema_decay·ema + (1 − ema_decay)·p after every step that is
+    not skipped, in ``state[p]["ema"]`` (fp32, fp64 for fp64 parameters); float or tensor in [0, 1), default None. The
+    first average is the parameter itself, as in `torch.optim.swa_utils.AveragedModel`. Parameters without a gradient
+    are averaged too. ema_warmup: after n averaged steps the decay is min(ema_decay, (1 + n)/(10 + n)); default False.
 
     l1: coupled L1 penalty, l1·sign(p) is added to the gradient; float or tensor, default 0.
 
@@ -54,11 +65,16 @@ class Options(TypedDict, total=False):
     """
 
     backend: Literal["auto", "triton", "eager"]
+    metrics: Sequence[str]
+    amp_scaling: bool
     clip_grad_norm: float | Tensor | None
+    clip_norm_type: float
     clip_scope: Literal["global", "tensor"]
     clip_grad_value: float | Tensor | None
     skip_nonfinite: bool
     skip_norm_above: float | Tensor | None
+    ema_decay: float | Tensor | None
+    ema_warmup: bool
     l1: float | Tensor
     decay_mode: Literal["lr", "independent"]
     cautious: bool
@@ -67,11 +83,14 @@ class Options(TypedDict, total=False):
 
 
 DEFAULTS: dict[str, Any] = {
-    "clip_grad_norm": None, "clip_scope": "global", "clip_grad_value": None, "skip_nonfinite": False,
-    "skip_norm_above": None, "l1": 0.0, "decay_mode": "lr", "cautious": False, "cautious_decay": False,
-    "sparse": "error",
+    "clip_grad_norm": None, "clip_norm_type": 2.0, "clip_scope": "global", "clip_grad_value": None,
+    "skip_nonfinite": False, "skip_norm_above": None, "ema_decay": None, "ema_warmup": False, "l1": 0.0,
+    "decay_mode": "lr", "cautious": False, "cautious_decay": False, "sparse": "error",
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
+
+WHOLE = ("backend", "metrics", "amp_scaling")
+"""Options of the whole optimizer."""
 
 
 def given(name: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +102,7 @@ def given(name: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     for key in chosen:
         if key not in Options.__annotations__:
             raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
-    return {key: value for key, value in chosen.items() if key != "backend"}
+    return {key: value for key, value in chosen.items() if key not in WHOLE}
 
 
 def of_group(group: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,14 +153,21 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
         )
     if options.get("decay_mode") == "independent" and lr_initial({**group, KEY: options}) <= 0.0:
         raise ValueError("decay_mode='independent' divides by the initial lr, which is 0: start from an lr above 0")
+    if options.get("ema_warmup") and options.get("ema_decay") is None:
+        raise ValueError("ema_warmup=True needs ema_decay: it is the ramp of its first steps")
+    if options.get("clip_norm_type", 2.0) != 2.0 and rule.grad_norm:
+        raise ValueError(f"{rule.name} takes the 2-norm of gradients: leave clip_norm_type at 2.0")
     if options.get("sparse") == "lazy" and rule.sparse in (None, "only"):
         raise ValueError(f"sparse='lazy' is not defined for {rule.name}; make its gradients dense (sparse=False)")
 
 
-CHOICES = {"clip_scope": ("global", "tensor"), "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy")}
+CHOICES = {
+    "clip_norm_type": (1.0, 2.0, float("inf")), "clip_scope": ("global", "tensor"),
+    "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy"),
+}  # fmt: skip
 ENGINE_KEYS = {"version", "lr_initial", "weights", "state_dtype"}
 """What else stands under the key."""
-NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "l1")
+NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "ema_decay", "l1")
 
 
 def _check_limit(name: str, value: Any) -> None:
@@ -152,5 +178,9 @@ def _check_limit(name: str, value: Any) -> None:
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
         return  # its value may change on the device
+    if name == "ema_decay":
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {value!r}")
+        return
     if not value >= 0.0 or (value == 0.0 and name != "l1"):
         raise ValueError(f"{name} must be {'at least' if name == 'l1' else 'above'} 0, got {value!r}")

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from fusedopt_kernels import launch, numerics, table
 
+from .average_step import AverageTables, EagerAverages
 from .conditions import Conditions
+from .derived import without_average
 from .eager import EagerStep
+from .numbers import Shared
 from .plan import Segment
 from .rule import Rule
 from .sparse import EagerRows, SparseTables
@@ -24,40 +27,73 @@ HOST = torch.device("cpu")
 
 
 class Parts:
-    """All parts of a plan. tables: those that run kernels; eager: those that run twins."""
+    """All parts of a plan. tables: those that run kernels; eager: those that run twins; averages: what comes after."""
 
-    def __init__(self, plan: "Plan", backend: str, launcher: launch.Launcher) -> None:
-        self.groups = plan.groups
+    def __init__(self, plan: "Plan", backend: str, shared: Shared) -> None:
+        self.groups, self.shared, self.backend = plan.groups, shared, backend
         self.tables: list[Any] = []
         self.eager: list[Any] = []
-        self._conditions: Conditions | None = None
+        self.averages: list[Any] = []
+        self._given: Any = None
+        self._conditions = Conditions(())
+        self._make(plan)
+        for tables in (*self.tables, *self.averages):
+            tables.set_hypers(range(len(plan.groups)))
+        for tables in self.tables:
+            tables.set_conditions(self._conditions_of({}))
+        if self.tables:
+            self.tables[0].count_steps(shared.tally(self.tables[0].device))
+        elif self.eager:
+            self.eager[0].tally = shared.tally(HOST)
+
+    def _make(self, plan: "Plan") -> None:
         members: dict[tuple[torch.device, Rule, bool], list[Segment]] = {}
+        apart: dict[torch.device, list[Segment]] = {}
         for segments, is_sparse in ((plan.segments, False), (plan.sparse, True)):
             for s in segments:
                 members.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
         for (device, rule, is_sparse), own in members.items():
-            if _runs_kernels(device, backend, launcher):
+            kernels = _runs_kernels(device, self.backend, self.shared.launcher)
+            ordinary = not is_sparse and rule.kernel_part is None
+            if not (ordinary and kernels) and (averaged := [s for s in own if s.ema is not None]):
+                apart.setdefault(device, []).extend(averaged)
+                own = [without_average(s) for s in own]
+            if self.shared.metrics.change and not ordinary:
+                raise RuntimeError(
+                    f"metrics {', '.join(self.shared.metrics.names)}: norms of parameters and updates are not measured "
+                    f"under {rule.name}{' with sparse gradients' if is_sparse else ''}; leave them out"
+                )
+            if kernels:
                 kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
-                made = kind(rule, own, plan.groups, launcher)
-                self.tables.extend(made if isinstance(made, list) else [made])
+                made = kind(rule, own, plan.groups, self.shared)
             else:
                 step = EagerRows if is_sparse else rule.eager_part or EagerStep
-                made = step(rule, own, plan.groups)
-                self.eager.extend(made if isinstance(made, list) else [made])
-        for tables in self.tables:
-            tables.set_hypers(range(len(plan.groups)))
+                made = step(rule, own, plan.groups, self.shared.metrics)
+            (self.tables if kernels else self.eager).extend(made if isinstance(made, list) else [made])
+        for s in plan.idle:
+            apart.setdefault(s.weight.device, []).append(s)
+        for device, own in apart.items():
+            if _runs_kernels(device, self.backend, self.shared.launcher):
+                self.averages.append(AverageTables(own, plan.groups, self.shared))
+            else:
+                self.averages.append(EagerAverages(own, plan.groups))
 
     def set_hypers(self, changed: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups."""
-        self._conditions = None
-        for part in (*self.tables, *self.eager):
+        self._given = None
+        for part in (*self.tables, *self.eager, *self.averages):
             part.set_hypers(changed)
 
-    def run(self, plan: "Plan", total_norm: float | Tensor | None) -> None:
-        """One step of all parts."""
+    def set_agreed(self) -> None:
+        """Take what the groups agree on now."""
+        for tables in self.tables:
+            tables.set_agreed(self._conditions_of({}))
+
+    def run(self, plan: "Plan", given: dict[int, Any]) -> None:
+        """One step of all parts; given: the step's conditions, by column."""
         for tables in self.tables:
             tables.set_gradients(plan.grad_addresses)
-        conditions = self._conditions_of(total_norm)
+        conditions = self._conditions_of(given)
         if conditions.norm_mode == table.SUMMED_NORM.value:
             self._sum_norms(plan, conditions)
         for tables in self.tables:
@@ -65,34 +101,62 @@ class Parts:
             tables.run()
         for part in self.eager:
             part.run(plan.grads, conditions.on(HOST))
+        for average in self.averages:
+            average.run(self._skipped(average.device, conditions))
 
-    def _conditions_of(self, total_norm: float | Tensor | None) -> Conditions:
-        """What this step as a whole depends on; kept, unless the caller gave a norm.
+    def prepare(self, given: dict[int, Any]) -> int:
+        """Compile what a step under some conditions would launch; returns how many kernels were not ready."""
+        conditions = self._conditions_of(given)
+        summed = conditions.norm_mode == table.SUMMED_NORM.value
+        for tables in self.tables:
+            tables.set_conditions(conditions)
+        ready = sum(tables.prepare_totals(conditions.kind) for tables in self.tables) if summed else 0
+        kernels = [part for part in (*self.tables, *self.averages) if hasattr(part, "prepare")]
+        return ready + sum(part.prepare() for part in kernels)
+
+    def _conditions_of(self, given: dict[int, Any]) -> Conditions:
+        """What this step as a whole depends on; kept while nothing of it changes.
 
         Raises:
             ValueError: a norm that nothing asks for.
         """
-        if total_norm is None and self._conditions is not None:
-            return self._conditions
-        given = {} if total_norm is None else {table.TOTAL_NORM.value: total_norm}
-        conditions = Conditions(self.groups, len(self.tables) + len(self.eager) > 1, given)
-        if given and not conditions.uses_total:
-            raise ValueError(
-                "step(total_norm=…) needs clip_grad_norm with clip_scope='global', skip_nonfinite or skip_norm_above"
+        key = [(column, id(x) if isinstance(x, Tensor) else x) for column, x in given.items()]
+        on_host = any(isinstance(x, Tensor) and x.is_cpu for x in given.values())  # may have changed in place
+        if key != self._given or on_host:
+            metrics = self.shared.metrics
+            conditions = Conditions(
+                self.groups, given, len(self.tables) + len(self.eager) > 1, (metrics.norm, metrics.single)
             )
-        if not given:
-            self._conditions = conditions
-        return conditions
+            if table.TOTAL_NORM.value in given and not conditions.uses_total:
+                raise ValueError(
+                    "step(total_norm=…) needs clip_grad_norm with clip_scope='global', skip_nonfinite or "
+                    "skip_norm_above"
+                )
+            self._given, self._conditions = key, conditions
+        return self._conditions
 
     def _sum_norms(self, plan: "Plan", conditions: Conditions) -> None:
         """Sums of all parts' gradients, to every device that needs them."""
-        sums = [tables.totals() for tables in self.tables]
+        sums = [tables.totals(conditions.kind) for tables in self.tables]
         for part in self.eager:
-            own = part.totals(plan.grads)
-            sums.append(torch.tensor([own.square, own.bad], dtype=torch.float64))
+            own = part.totals(plan.grads, conditions.kind)
+            sums.append(torch.tensor([own.total, own.bad], dtype=torch.float64))
         devices = {part.device for part in self.tables} | ({HOST} if self.eager else set())
         for device in devices:
-            conditions.take_totals(device, torch.stack([x.to(device) for x in sums]).sum(0))
+            all_of = torch.stack([x.to(device) for x in sums])
+            largest = conditions.kind == table.NORM_INF.value
+            conditions.take_totals(device, all_of.amax(0) if largest else all_of.sum(0))
+
+    def _skipped(self, device: torch.device, conditions: Conditions) -> Tensor:
+        """Whether the step was skipped: 1.0 or 0.0, one element on a device."""
+        column = table.SKIPPED.value
+        headers = sorted((part.header for part in self.tables), key=lambda header: header.device != device)
+        if headers:
+            return headers[0][column : column + 1].to(device)
+        if self.eager:
+            return torch.tensor([float(self.eager[0].skipped)], dtype=torch.float64, device=device)
+        found = conditions.numbers[table.FOUND_INF.value] if conditions.scaled else 0.0
+        return (torch.as_tensor(found, device=device).reshape(1) != 0).double()
 
 
 def _runs_kernels(device: torch.device, backend: str, launcher: launch.Launcher) -> bool:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import layout
+from .average import init_ema, is_averaged
 from .groups import GroupOptions
 from .state import drop_counters, init_state
-from .support import check_distinct, check_norms, check_supported
+from .support import check_distinct, check_supported
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+    from .stepper import Stepper
 
 _grad = attrgetter("grad")
 _address = torch._C.TensorBase.data_ptr
@@ -32,11 +33,12 @@ class Segment:
     weight: the parameter, or its packed copy when it has gaps or, ``in_order``, is not contiguous. grad_buffer: where
     a gradient of another layout is copied to, or None. slots: state tensors in the rule's order. numbers: its scalar
     slots, 0-dim. counter: 0-dim step count, or None. mask: a byte per stored number, 0 where it may not change; or
-    None.
+    None. ema, ema_step: running average of the weight and its 0-dim count of steps, or None.
     """
 
     __slots__ = (
-        "counter", "grad_buffer", "group", "mask", "numbers", "param", "position", "residual", "slots", "weight",
+        "counter", "ema", "ema_step", "grad_buffer", "group", "mask", "numbers", "param", "position", "residual",
+        "slots", "weight",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, group: int, position: int, in_order: bool = False) -> None:
@@ -49,6 +51,8 @@ class Segment:
         self.mask: Tensor | None = None
         self.residual: Tensor | None = None
         self.counter: Tensor | None = None
+        self.ema: Tensor | None = None
+        self.ema_step: Tensor | None = None
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -65,33 +69,41 @@ class Segment:
 class Plan:
     """The segments of one step over all parameters that have a gradient."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: "Stepper") -> None:
         groups = optimizer.param_groups
         self.groups = [GroupOptions(optimizer.rule_of(group), group) for group in groups]
         self.lists = [list(group["params"]) for group in groups]
         self.segments: list[Segment] = []
         self.sparse: list[Segment] = []
+        self.idle: list[Segment] = []
         self.without_grad: list[Tensor] = []
         for index, params in enumerate(self.lists):
             for p in params:
                 if p.grad is None:
                     self.without_grad.append(p)
+                    if self.groups[index].averaged and is_averaged(p):
+                        check_supported(optimizer, p, self.groups[index])
+                        self.idle.append(Segment(p, index, len(self.idle)))
                 else:
                     check_supported(optimizer, p, self.groups[index])
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
                     in_order = self.groups[index].rule.kernel_part is not None  # matrix rules see rows and columns
                     members.append(Segment(p, index, len(members), in_order))
-        check_norms(self.groups, self.sparse)
         for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
+        for segment in (*self.segments, *self.sparse, *self.idle):
+            if self.groups[segment.group].averaged:
+                init_ema(optimizer, segment)
         drop_counters(optimizer)
         self.params = [s.param for s in self.segments]
         self.updated = [*self.params, *(s.param for s in self.sparse)]
-        self.addresses = list(map(_address, self.updated))
-        check_distinct(self.updated, self.addresses)
+        check_distinct(self.updated, list(map(_address, self.updated)))
+        self.placed = [*self.updated, *(s.param for s in self.idle)]
+        self.addresses = list(map(_address, self.placed))
         self.states = _state_values(optimizer)
         # `state.data = …` keeps the object; who moves state so moves all of it, and an address costs 0.2 µs cold
-        self.state_tensors = [s.slots[0] for s in (*self.segments, *self.sparse) if s.slots]
+        moved = [s.slots[0] if s.slots else s.ema for s in (*self.segments, *self.sparse, *self.idle)]
+        self.state_tensors = [t for t in moved if t is not None]
         self.state_addresses = list(map(_address, self.state_tensors))
         self._watch_gradients()
 
@@ -125,7 +137,7 @@ class Plan:
             [g if s.grad_buffer is not None or _fits(g, s.weight) else _like(g, s.weight) for g, s in pairs]
         )
 
-    def refresh(self, optimizer: "FusedOptimizer") -> bool:
+    def refresh(self, optimizer: "Stepper") -> bool:
         """True if the plan still describes the optimizer; then this step's gradients have been taken."""
         groups = optimizer.param_groups
         if len(groups) != len(self.lists):
@@ -142,7 +154,7 @@ class Plan:
                 return False
         except TypeError:  # a gradient went away
             return False
-        if list(map(_address, self.updated)) != self.addresses:
+        if list(map(_address, self.placed)) != self.addresses:
             return False
         if not all(s.param.grad is not None and s.param.grad.layout == torch.sparse_coo for s in self.sparse):
             return False
@@ -154,7 +166,7 @@ class Plan:
         self.set_gradients(grads)
         return True
 
-    def changed_groups(self, optimizer: "FusedOptimizer") -> list[int] | None:
+    def changed_groups(self, optimizer: "Stepper") -> list[int] | None:
         """Indices of groups whose numbers changed; None if a change needs another plan."""
         changed = []
         for index, group in enumerate(optimizer.param_groups):
@@ -168,7 +180,7 @@ class Plan:
 
     def pack(self) -> None:
         """Copy parameters with gaps into their dense buffers."""
-        for segment in self.packed:
+        for segment in (*self.packed, *(s for s in self.idle if s.weight is not s.param)):
             segment.weight.copy_(segment.param.detach())
 
     def unpack(self) -> None:
@@ -214,7 +226,7 @@ def _guard(tensors: Sequence[Tensor]) -> Any:
         return AttributeGuard(tensors)
 
 
-def _state_values(optimizer: "FusedOptimizer") -> list[Any]:
+def _state_values(optimizer: "Stepper") -> list[Any]:
     """Everything in the optimizer's state, in order."""
     try:
         return list(chain.from_iterable(map(dict.values, optimizer.state.values())))

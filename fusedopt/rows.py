@@ -4,7 +4,6 @@ Built once per plan; a steady step uploads gradient addresses if they moved and 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from fusedopt_kernels.numerics import REAL_TYPE
 
 from .conditions import Conditions
 from .groups import GroupOptions
+from .metrics import Report
+from .numbers import NumberTable, Shared, tagged_address
 from .plan import Segment
 from .rule import Rule
 from .upload import DeviceTable, capturing, reserve
@@ -23,10 +24,8 @@ from .upload import DeviceTable, capturing, reserve
 class Rows:
     """Tables of some segments that live on one device and follow one rule."""
 
-    def __init__(
-        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], launcher: launch.Launcher
-    ) -> None:
-        self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, launcher
+    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
+        self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, shared.launcher
         self.device = segments[0].weight.device
         self.positions = np.array([s.position for s in segments])
         self.base_flags = np.array([self._base_flags(s) for s in segments], dtype=np.int64)
@@ -34,19 +33,21 @@ class Rows:
         n, ng = len(segments), 1 + len(groups)  # row 0 of the hyper-parameters is the step's own
         self.rows = DeviceTable((n, table.ROW_WIDTH.value), torch.int64, self.device)
         self.grads = DeviceTable((n,), torch.int64, self.device)
-        self.hypers = DeviceTable((ng, table.HYPER_WIDTH.value), torch.float64, self.device)
-        self.addresses = DeviceTable((ng, table.HYPER_WIDTH.value), torch.int64, self.device)
+        self.hypers = shared.hypers(ng, self.device, (rule, *(group.origin for group in groups)))
+        self.conditions = NumberTable(1, table.CONDITIONS_WIDTH.value, self.device)
         self.scalars = torch.zeros(n * table.SCALAR_WIDTH.value, dtype=torch.float64, device=self.device)
         self._constants: list[DeviceTable] = []
         self._last_addresses: list[int] = []
         self._misaligned: np.ndarray | None = None  # None: the rows were never uploaded
-        self._mirrors: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._conditions: Any = None
+        self._conditions: Conditions | None = None
+        # (sum of squares of weights, of their change) by chunk
+        self.change: Tensor | None = torch.empty(0) if shared.metrics.change else None
+        self.use = launch.NormUse()
         self._fill_rows()
         self._fill_header()
-        self.set_conditions(Conditions(groups, False, {}))
         if self.device.type == "cuda" and not capturing():
-            tables = (self.rows, self.grads, self.hypers, self.addresses, *self._constants)
+            of_step = self.conditions.values, self.conditions.addresses
+            tables = (self.rows, self.grads, *of_step, *self._constants)
             reserve(sum(t.array.nbytes + 8 for t in tables))
 
     def _base_flags(self, segment: Segment) -> int:
@@ -74,24 +75,33 @@ class Rows:
             row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
             row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, -(-n // table.CHUNK)
             row[table.MASK.value] = 0 if s.mask is None else s.mask.data_ptr()
+            if s.ema is not None and s.ema_step is not None:
+                row[table.EMA.value], row[table.EMA_STEP.value] = s.ema.data_ptr(), tagged_address(s.ema_step)
             for j, slot in enumerate(s.slots):
                 row[table.SLOTS.value + 2 * j] = slot.data_ptr()
             for j, number in enumerate(s.numbers):
-                row[table.LAST.value - j] = _tagged(number)
+                row[table.LAST.value - j] = tagged_address(number)
             partials += -(-n // table.NORM_CHUNK)
             chunks += -(-n // table.CHUNK)
         self.n_chunks, self.n_partials = chunks, partials
+        if self.change is not None:
+            self.change = torch.full((max(1, chunks), 2), torch.nan, dtype=torch.float64, device=self.device)
+            first = rows[:, table.MEASURE_START.value]
+            rows[:, table.CHANGE.value] = self.change.data_ptr() + 2 * self.change.itemsize * first
 
     def _fill_header(self) -> None:
         counts = self.rows.array[:, table.NORM_COUNT.value]
         multi = np.flatnonzero(counts > 1)
         self.counts = self._constant(np.array([len(self.segments), len(multi), *multi], dtype=np.int64))
         header = [0.0] * table.HEADER_WIDTH.value
-        wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in (s.grad_dtype for s in self.segments))
+        wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in self._grad_dtypes())
         header[table.NORM_IS_FP64.value] = float(wide_grad)
         self.header = self._constant(np.array(header))
         partials = max(1, 2 * self.n_partials, self.n_chunks * max(1, self.rule.n_norms))
         self.partials = torch.zeros(partials, dtype=torch.float64, device=self.device)
+
+    def _grad_dtypes(self) -> set[torch.dtype]:
+        return {s.grad_dtype for s in self.segments if s.param.grad is not None}
 
     def _constant(self, values: np.ndarray) -> Tensor:
         """Values on the device."""
@@ -120,42 +130,51 @@ class Rows:
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups; tensors are read on the device at each step."""
         for index in indices:
-            self._set_row(1 + index, self.groups[index].numbers)
+            self.hypers.set_row(1 + index, self.groups[index].numbers)
         self.hypers.upload()
-        self.addresses.upload()
+
+    def set_agreed(self, conditions: Conditions) -> None:
+        """Take what the groups agree on."""
+        self.hypers.set_row(0, conditions.agreed)
+        self.hypers.upload()
 
     def set_conditions(self, conditions: Conditions) -> None:
         """Take what holds for this step as a whole; uploads only what changed."""
-        signature = conditions.signature
-        if signature != self._conditions:
-            self._conditions = signature
-            self.norm_mode, self.scaled = conditions.norm_mode, conditions.scaled
-            if self.rule.grad_norm and self.norm_mode in (table.NO_NORM.value, table.GIVEN_NORM.value):
-                self.norm_mode = table.OWN_NORM.value if self.norm_mode == table.NO_NORM.value else self.norm_mode
-            self._set_row(0, conditions.numbers)
-            self.hypers.upload()
-            self.addresses.upload()
+        if conditions is not self._conditions:
+            self._conditions = conditions
+            self.use = conditions.use(self.rule, any(self.groups[s.group].clips_alone for s in self.segments))
+            self.set_agreed(conditions)
+            self.conditions.set_row(0, conditions.numbers)
+            self.conditions.upload()
 
-    def _set_row(self, row: int, numbers: dict[int, Any]) -> None:
-        for column, value in numbers.items():
-            address = _hyper_address(self._here(row, column, value))
-            self.addresses.array[row, column] = address
-            self.hypers.array[row, column] = 0.0 if address else float(value)
+    def report(self) -> Report:
+        """What the last step measured."""
+        header = self.header.clone()
+        scalars = self.scalars.view(-1, table.SCALAR_WIDTH.value).clone()
+        with_norm, change = self.use.with_norm, None
+        if self.change is not None:
+            counts = torch.from_numpy(self.rows.array[:, table.MEASURE_COUNT.value].copy()).to(self.device)
+            change = torch.segment_reduce(self.change[: self.n_chunks], "sum", lengths=counts, axis=0, initial=0.0)
+        return Report(
+            [s.param for s in self.segments],
+            header[table.NORM.value] if with_norm else None,
+            self.use.kind,
+            header[table.SKIPPED.value],
+            header[table.LOWEST_CLIP.value],
+            scalars[:, table.GRADIENT_NORM.value] if self.use.own else None,
+            scalars[:, table.CLIP.value] if with_norm else None,
+            change,
+        )
 
-    def _here(self, row: int, column: int, value: Any) -> Any:
-        """A number that kernels can read: a tensor of another GPU gets a copy, renewed at every step."""
-        self._mirrors.pop((row, column), None)
-        if not isinstance(value, Tensor) or value.device == self.device:
-            return value
-        if value.device.type == "cpu":
-            return float(value)
-        self._mirrors[row, column] = (value, value.to(self.device))
-        return self._mirrors[row, column][1]
+    def count_steps(self, tally: Tensor) -> None:
+        """Keep running counts there."""
+        self.conditions.set_address(0, table.TALLY.value, tally.data_ptr())
+        self.conditions.upload()
 
 
 def _aligned(s: Segment) -> bool:
     """Every address but the gradient's is a multiple of 16."""
-    tensors = [s.weight, *s.slots, s.residual, s.mask]
+    tensors = [s.weight, *s.slots, s.residual, s.mask, s.ema]
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
@@ -163,17 +182,3 @@ def _row_length(t: Tensor) -> int:
     """Stored numbers in one row along dim 0 (all of them for 0-dim and 1-dim tensors)."""
     n = t.numel() * (2 if t.is_complex() else 1)
     return n // t.shape[0] if t.dim() > 1 and t.shape[0] else n
-
-
-def _hyper_address(value: Any) -> int:
-    """Tagged address of a hyper-parameter tensor that kernels read; 0 for what is uploaded as a float."""
-    if not isinstance(value, Tensor):
-        return 0
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"hyper-parameter tensors must be float32 or float64, got {value.dtype}")
-    return _tagged(value)
-
-
-def _tagged(number: Tensor) -> int:
-    """Address of an fp32 or fp64 number, shifted left once; the low bit says fp64."""
-    return number.data_ptr() << 1 | (number.dtype == torch.float64)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fusedopt_kernels.numerics import power, power_eager
 
+from .average import refuse_swapped
 from .optimizer import FusedOptimizer
 from .rule import Slot, lookup
 from .state import MASK
@@ -93,6 +94,7 @@ class ScheduleFree(FusedOptimizer):
 
     @torch.no_grad()
     def _switch(self, training: bool) -> None:
+        refuse_swapped(self, "train()" if training else "eval()")
         for group in self.param_groups:
             if bool(group["train_mode"]) == training:
                 continue

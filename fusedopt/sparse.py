@@ -10,6 +10,7 @@ its moments then do not decay in between, its weight decay acts on touched rows,
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from . import layout
 from .conditions import Conditions
 from .eager import EagerStep
 from .groups import GroupOptions
+from .metrics import Metrics, Report
+from .norm import Sums
 from .plan import Segment
 from .rule import Rule, switched_on
 from .tables import DeviceTables, Launch
@@ -49,39 +52,52 @@ class SparseTables(DeviceTables):
 
     def _update_launches(self) -> list[Launch]:
         """What follows the scalars launch depends on the rows touched."""
-        return []
-
-    def set_gradients(self, addresses: list[int]) -> None:
-        """Gradients are read at `run`: each step has other rows."""
-
-    def run(self) -> None:
-        """Coalesce, upload what changed, launch."""
-        found = [touched(s, self.groups[s.group]) for s in self.segments]
-        rows = self.rows.array
-        rows[:, table.FLAGS.value] = self.base_flags
-        for row, (index, values) in zip(rows, found, strict=True):
-            stored = values.numel() * (2 if values.is_complex() else 1)
-            row[table.INDEX.value], row[table.NUMEL.value] = index.data_ptr(), stored
-            row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
-        self.grads.array[:] = [values.data_ptr() for _, values in found]
-        self.rows.upload()
-        self.grads.upload()
-        super().run()
-        launches: list[Launch] = []
+        out: list[Launch] = []
         for key, members in self._by(self._variant).items():
             pairs = self._pairs(members, table.CHUNK)
             if len(pairs):
                 chunks = torch.from_numpy(pairs).to(self.device)
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
-                launches.append((self._rows_spec(key), len(pairs), args))
-        self._start(launches)
+                out.append((self._rows_spec(key), len(pairs), args))
+        return out
+
+    def set_gradients(self, addresses: list[int]) -> None:
+        """Coalesce this step's gradients and lay out what follows from their sizes; ``addresses`` are of others."""
+        self._found = [touched(s, self.groups[s.group]) for s in self.segments]
+        rows = self.rows.array
+        rows[:, table.FLAGS.value] = self.base_flags
+        for row, (index, values) in zip(rows, self._found, strict=True):
+            stored = values.numel() * (2 if values.is_complex() else 1)
+            row[table.INDEX.value], row[table.NUMEL.value] = index.data_ptr(), stored
+            row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
+        counts = -(-rows[:, table.NUMEL.value] // table.NORM_CHUNK)
+        rows[:, table.NORM_COUNT.value], rows[:, table.NORM_START.value] = counts, np.cumsum(counts) - counts
+        self.grads.array[:] = [values.data_ptr() for _, values in self._found]
+        self.rows.upload()
+        self.grads.upload()
+        many = np.flatnonzero(counts > 1)
+        self.counts = torch.tensor([len(rows), len(many), *many], dtype=torch.int64).to(self.device)
+        self.partials = torch.zeros(max(1, 2 * int(counts.sum())), dtype=torch.float64, device=self.device)
+        self._by_use.clear()
+        self._totals.clear()
+
+    def run(self) -> None:
+        """Launch the step on the current stream of the device, and let go of the gradients."""
+        super().run()
+        self._found = []
+
+    def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
+        return torch.from_numpy(self._pairs(members, chunk)).to(self.device)
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
-        chunks = torch.zeros((1, 2), dtype=torch.int32, device=self.device)
-        args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
-        ready = [self.launcher.prepare(self._rows_spec(key), args) for key in self._by(self._variant)]
-        return super().prepare() + sum(ready)
+        self.set_gradients([])
+        return super().prepare()
+
+    def prepare_totals(self, kind: int) -> int:
+        """The same for `totals`."""
+        self.set_gradients([])
+        return super().prepare_totals(kind)
 
     def _rows_spec(self, key: Any) -> launch.KernelSpec:
         return launch.update_spec(f"{self.rule.name}_rows", self.rule.update, self._update_variant(key), "rows")
@@ -90,17 +106,48 @@ class SparseTables(DeviceTables):
 class EagerRows:
     """The same with eager twins: touched rows are copied out, updated as dense segments and copied back."""
 
-    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
-        self.rule, self.segments, self.groups = rule, segments, groups
+    def __init__(
+        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
+    ) -> None:
+        self.rule, self.segments, self.groups, self.metrics = rule, segments, groups, metrics
+        self.tally: Tensor | None = None
+        self._gathered: tuple[list[Segment], list[tuple[Tensor, Tensor]]] | None = None
 
     def set_hypers(self, indices: Sequence[int]) -> None:
         """Hyper-parameters are read at each step."""
 
+    def _gather(self) -> tuple[list[Segment], list[tuple[Tensor, Tensor]]]:
+        """Touched rows as dense segments, and (rows, values) of the gradients; once in a step."""
+        if self._gathered is None:
+            found = [touched(s, self.groups[s.group]) for s in self.segments]
+            self._gathered = [_gather(s, i, *found[i]) for i, s in enumerate(self.segments)], found
+            self.step = EagerStep(self.rule, self._gathered[0], self.groups, self.metrics)
+        return self._gathered
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was."""
+        return self.step.skipped
+
+    @property
+    def found(self) -> Tensor:
+        """Whether a gradient of the last step held inf or NaN."""
+        return self.step.found
+
+    def report(self) -> Report:
+        """What the last step measured."""
+        return self.step.report()
+
+    def totals(self, grads: list[Tensor], kind: int) -> Sums:
+        """Sums over the gradients; ``grads`` are those of the dense segments and not used."""
+        _, found = self._gather()
+        return self.step.totals([values for _, values in found], kind)
+
     def run(self, grads: list[Tensor], conditions: Conditions) -> None:
-        """One step; ``grads`` are those of the dense segments and not used."""
-        found = [touched(s, self.groups[s.group]) for s in self.segments]
-        gathered = [_gather(s, i, *found[i]) for i, s in enumerate(self.segments)]
-        EagerStep(self.rule, gathered, self.groups).run([values for _, values in found], conditions)
+        """One step; ``grads`` as in `totals`."""
+        gathered, found = self._gather()
+        self._gathered, self.step.tally = None, self.tally
+        self.step.run([values for _, values in found], conditions)
         for s, small, (rows, _) in zip(self.segments, gathered, found, strict=True):
             for whole, part in zip(_written(s), _written(small), strict=True):
                 whole.view(-1, part.shape[1]).index_copy_(0, rows, part)

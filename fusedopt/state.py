@@ -19,14 +19,14 @@ from .upload import capturing
 
 if TYPE_CHECKING:
     from .groups import GroupOptions
-    from .optimizer import FusedOptimizer
     from .plan import Segment
+    from .stepper import Stepper
 
 MASK = "update_mask"
 """State key of an update mask: bool, like the parameter; False keeps an element as it is."""
 
 
-def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupOptions") -> None:
+def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions") -> None:
     """Create what is missing of a segment's state and hand the segment its tensors."""
     p, rule = segment.param, options.rule
     has_state = isinstance(optimizer.state.get(p), dict)
@@ -70,7 +70,7 @@ def init_state(optimizer: "FusedOptimizer", segment: "Segment", options: "GroupO
         segment.residual = state["param_residual"]
 
 
-def _check_ready(optimizer: "FusedOptimizer", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
+def _check_ready(optimizer: "Stepper", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
     """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
     rule = options.rule
     slots = [slot for slot in options.slots if slot.shape is None or slot.shape(p) is not None]
@@ -149,7 +149,7 @@ def number_tensor(x: Any, device: torch.device, wide: bool = False) -> Tensor:
     return x.to(device=device, dtype=dtype)
 
 
-def _hidden_counter(optimizer: "FusedOptimizer", p: Tensor, fresh: bool) -> Tensor:
+def _hidden_counter(optimizer: "Stepper", p: Tensor, fresh: bool) -> Tensor:
     """Step count of a rule for which torch keeps none: zero when its state is new, else past the first step."""
     have = optimizer._counters.get(p)
     if have is None or fresh or have.device != p.device:
@@ -158,7 +158,7 @@ def _hidden_counter(optimizer: "FusedOptimizer", p: Tensor, fresh: bool) -> Tens
     return have
 
 
-def drop_counters(optimizer: "FusedOptimizer") -> None:
+def drop_counters(optimizer: "Stepper") -> None:
     """Forget hidden step counts of parameters whose state is gone, so that those can be freed."""
     gone = [p for p in optimizer._counters if p not in optimizer.state]
     for p in gone:

@@ -1,6 +1,5 @@
 """What a step can take: parameters and gradients are checked when a plan is made, before anything is changed."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -15,11 +14,10 @@ from .groups import GroupOptions
 from .rule import switched_on
 
 if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
-    from .plan import Segment
+    from .stepper import Stepper
 
 
-def check_supported(optimizer: "FusedOptimizer", p: Tensor, options: GroupOptions) -> None:
+def check_supported(optimizer: "Stepper", p: Tensor, options: GroupOptions) -> None:
     """Refuse a parameter or gradient that a step cannot take."""
     name = type(optimizer).__name__
     if (grad := p.grad) is not None:
@@ -62,14 +60,6 @@ def _check_sparse(name: str, p: Tensor, options: GroupOptions) -> None:
         raise RuntimeError(f"{name}: cautious updates do not take sparse gradients yet")
     if not p.is_contiguous():
         raise RuntimeError(f"{name}: a parameter with sparse gradients must be contiguous, got strides {p.stride()}")
-
-
-def check_norms(groups: Sequence[GroupOptions], sparse: Sequence["Segment"]) -> None:
-    """A norm over all gradients needs those of every parameter."""
-    if sparse and any(group.wants_norm for group in groups):
-        raise RuntimeError(
-            "clipping and skipping do not take sparse gradients yet; clip with torch.nn.utils before the step"
-        )
 
 
 def check_distinct(params: list[Tensor], addresses: list[int]) -> None:

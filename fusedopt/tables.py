@@ -6,6 +6,7 @@ read last, which is still in L2.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from fusedopt_kernels.param import plain, split16
 from fusedopt_kernels.state import wide
 
 from .groups import GroupOptions
+from .numbers import Shared
 from .plan import Segment
 from .rows import Rows
 from .rule import Rule
@@ -48,67 +50,56 @@ def transforms(group: GroupOptions, scaled: bool) -> tuple[Any, ...]:
 class DeviceTables(Rows):
     """Tables and launches for the segments of one rule that live on one device."""
 
-    def __init__(
-        self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], launcher: launch.Launcher
-    ) -> None:
-        self._by_use: dict[tuple[int, bool], list[Launch]] = {}
-        self._extra: dict[str, list[Launch]] = {}
-        super().__init__(rule, segments, groups, launcher)
+    def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
+        self._by_use: dict[launch.NormUse, list[Launch]] = {}
+        self._totals: dict[int, list[Launch]] = {}
+        super().__init__(rule, segments, groups, shared)
 
     @property
     def launches(self) -> list[Launch]:
         """Every launch of a step under the present conditions, in order."""
-        use = self.norm_mode, self.scaled
-        if use not in self._by_use:
-            before = self._norm_launches(self.norm_mode != table.OWN_NORM.value) if self._sums_partials else []
-            self._by_use[use] = [*before, self._scalars_launch(), *self._update_launches()]
-        return self._by_use[use]
-
-    @property
-    def with_norm(self) -> bool:
-        """Whether a norm enters the step."""
-        return self.norm_mode != table.NO_NORM.value
-
-    @property
-    def _own_norms(self) -> bool:
-        """Whether norms of single gradients are used."""
-        return self.with_norm and (self.rule.grad_norm or any(self.groups[s.group].clips_alone for s in self.segments))
+        if self.use not in self._by_use:
+            mode, kind = self.use.mode, self.use.kind
+            before = self._norm_launches(kind, mode != table.OWN_NORM.value) if self._sums_partials else []
+            self._by_use[self.use] = [*before, self._scalars_launch(), *self._update_launches()]
+        return self._by_use[self.use]
 
     @property
     def _sums_partials(self) -> bool:
         """Whether the norm pass belongs to `run`; for a norm over several tables it goes ahead (`totals`)."""
-        given = self.norm_mode == table.GIVEN_NORM.value and self._own_norms
-        return given or self.norm_mode == table.OWN_NORM.value
+        given = self.use.mode == table.GIVEN_NORM.value and self.use.own
+        return given or self.use.mode == table.OWN_NORM.value
 
-    def _norm_launches(self, with_totals: bool) -> list[Launch]:
+    def _norm_launches(self, kind: int, with_totals: bool) -> list[Launch]:
         out: list[Launch] = []
         for dtype, members in self._by(_grad_dtype).items():
             chunks = self._chunk_map(members, table.NORM_CHUNK, False)
             if len(chunks):
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.partials)
-                out.append((launch.norm_spec(dtype), len(chunks), args))
+                out.append((launch.norm_spec(dtype, kind), len(chunks), args))
         if with_totals:
-            out.append(
-                (launch.totals_spec(), 1, (self.rows.tensor, self.scalars, self.partials, self.header, self.counts))
-            )
+            args = (self.rows.tensor, self.scalars, self.partials, self.header, self.counts)
+            out.append((launch.totals_spec(kind), 1, args))
         return out
 
     def _scalars_launch(self) -> Launch:
         rule, n = self.rule, len(self.segments)
         counts = len(rule.hyper), rule.n_scalars, len(rule.scalar_slots)
-        use = launch.NormUse(self.norm_mode, self.scaled, self._own_norms, rule.grad_norm)
-        spec = launch.scalars_spec(f"{rule.name}_scalars", rule.scalars, counts, use)
-        hypers, addresses = self.hypers.tensor, self.addresses.tensor
-        args = (self.rows.tensor, hypers, addresses, self.scalars, self.partials, self.header, self.counts)
-        return spec, 1 if self.with_norm else -(-n // launch.SCALARS_BLOCK), args
+        averaged = any(s.ema is not None for s in self.segments)
+        spec = launch.scalars_spec(f"{rule.name}_scalars", rule.scalars, counts, self.use, averaged)
+        numbers = [x.tensor for t in (self.hypers, self.conditions) for x in (t.values, t.addresses)]
+        args = (self.rows.tensor, *numbers, self.scalars, self.partials, self.header, self.counts)
+        return spec, 1 if self.use.with_norm else -(-n // launch.SCALARS_BLOCK), args
 
-    def totals(self) -> Tensor:
-        """Launch the norm pass alone: (sum of squares, whether an element is not finite) of this table's gradients."""
-        if "totals" not in self._extra:
-            self._extra["totals"] = self._norm_launches(True)
-        self._renew_mirrors()
-        self._start(self._extra["totals"])
+    def totals(self, kind: int) -> Tensor:
+        """Launch the norm pass alone: (sum of squares or as ``kind`` says, whether an element is not finite)."""
+        self._start(self._totals_launches(kind))
         return self.header[table.OWN_SQUARE.value : table.OWN_BAD.value + 1]
+
+    def _totals_launches(self, kind: int) -> list[Launch]:
+        if kind not in self._totals:
+            self._totals[kind] = self._norm_launches(kind, True)
+        return self._totals[kind]
 
     def _update_launches(self) -> list[Launch]:
         """What follows the scalars launch."""
@@ -135,8 +126,8 @@ class DeviceTables(Rows):
             s.grad_dtype,
             tuple(slot.dtype for slot in s.slots),
             group.options.get("weights"),
-            tuple(t.apply for t in transforms(group, self.with_norm or self.scaled)),
-            (group.cautious, group.cautious_decay, s.mask is not None),
+            tuple(t.apply for t in transforms(group, self.use.with_norm or self.use.scaled)),
+            (group.cautious, group.cautious_decay, s.mask is not None, s.ema is not None, self.change is not None),
         )
 
     def _update_specs(self, key: tuple[Any, ...]) -> list[launch.KernelSpec]:
@@ -177,20 +168,21 @@ class DeviceTables(Rows):
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
-        prepare = self.launcher.prepare
-        if self.device.type != "cuda":
-            return sum(prepare(spec, args) for spec, _, args in self.launches)
-        with torch.cuda.device(self.device):
-            return sum(prepare(spec, args) for spec, _, args in self.launches)
+        return self._prepare(self.launches)
+
+    def prepare_totals(self, kind: int) -> int:
+        """The same for `totals`."""
+        return self._prepare(self._totals_launches(kind))
+
+    def _prepare(self, launches: Sequence[Launch]) -> int:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return sum(self.launcher.prepare(spec, args) for spec, _, args in launches)
 
     def run(self) -> None:
         """Launch the step on the current stream of the device."""
-        self._renew_mirrors()
+        self.hypers.renew()
+        self.conditions.renew()
         self._start(self.launches)
-
-    def _renew_mirrors(self) -> None:
-        for value, mirror in self._mirrors.values():
-            mirror.copy_(value, non_blocking=True)
 
     def _start(self, launches: Sequence[Launch]) -> None:
         run = self.launcher.run

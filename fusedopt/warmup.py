@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusedopt_kernels import table
+
 from .rule import Rule
 from .state import MASK
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 
-def compile_variants(optimizer: "FusedOptimizer") -> int:
+def compile_variants(optimizer: "FusedOptimizer", scaled: bool) -> int:
     """Number of kernels made ready; see `FusedOptimizer.warmup`."""
     distributed = dist.is_available() and dist.is_initialized()
     first = True
@@ -25,17 +27,22 @@ def compile_variants(optimizer: "FusedOptimizer") -> int:
     if distributed and not first:
         dist.barrier()
     try:
-        return _compile(optimizer)
+        return _compile(optimizer, scaled)
     finally:  # also when it fails: the others wait
         if distributed and first:
             dist.barrier()
 
 
-def _compile(optimizer: "FusedOptimizer") -> int:
+def _compile(optimizer: "FusedOptimizer", scaled: bool) -> int:
     shadow = _shadow(optimizer)
     with torch.no_grad():
         shadow._build()
-    return sum(tables.prepare() for tables in shadow._tables)
+    given: list[dict[int, Any]] = [{}]
+    if scaled:
+        given = [{table.GRAD_SCALE.value: 1.0, table.CHECK.value: 1.0}]
+        if optimizer._step_supports_amp_scaling:
+            given.append({table.GRAD_SCALE.value: 1.0, table.FOUND_INF.value: 0.0})
+    return sum(map(shadow._parts.prepare, given))
 
 
 def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
@@ -60,7 +67,7 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
 def _stand_in(p: Tensor, rule: Rule) -> Tensor:
     if p.grad is not None and p.grad.layout == torch.sparse_coo:
         small = torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True)
-        small.grad = torch.zeros(1, dtype=p.dtype, device=p.device).to_sparse()
+        small.grad = torch.ones(1, dtype=p.dtype, device=p.device).to_sparse()
         return small
     shape = rule.small(p) if rule.small else (1,) * p.dim()
     small = torch.zeros(shape, dtype=p.dtype, device=p.device, requires_grad=True)

@@ -25,7 +25,7 @@ def recorded(row: RuleRow, *shapes: tuple[int, ...], **options: Any) -> Any:
 
 def uploads(optimizer: Any) -> tuple[int, int, int]:
     (tables,) = optimizer._tables
-    return tables.rows.uploads, tables.grads.uploads, tables.hypers.uploads
+    return tables.rows.uploads, tables.grads.uploads, tables.hypers.values.uploads
 
 
 def test_a_steady_step_uploads_nothing_and_a_change_uploads_itself() -> None:
@@ -131,6 +131,9 @@ def test_a_cpu_tensor_is_read_at_every_step_whatever_device_has_the_parameters()
     lr = torch.tensor(0.5)
     optimizer = recorded(ADAMW, (4,), lr=lr)
     give_gradients(0, params_of(optimizer))
+    optimizer.step()
+    optimizer._tables[0].hypers.device = torch.device("meta")  # one that cannot read the CPU's memory
+    lr.fill_(0.125)
     optimizer.step()
     before = uploads(optimizer)
     optimizer.step()

@@ -9,7 +9,7 @@ from table import private
 from torch import Tensor
 
 import fusedopt
-from fusedopt import rows, upload
+from fusedopt import numbers, rows, upload
 from fusedopt_kernels import launch, table
 from fusedopt_kernels.grad import l2, maximize
 
@@ -38,11 +38,13 @@ def parameter(n: int = 8, offset: int = 0) -> Any:
 def test_every_table_reaches_the_device(cls: Any, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose flags are all zero (nothing aligned, no decay of its own) must be uploaded like any other."""
     monkeypatch.setattr(rows, "DeviceTable", ApartTable)
+    monkeypatch.setattr(numbers, "DeviceTable", ApartTable)
     optimizer = private(cls([parameter(offset=offset)], backend="triton"), clip_grad_norm=1.0)
     optimizer._launcher = launch.Recorder()
     optimizer.step()
     device = optimizer._tables[0]
-    for t in (device.rows, device.grads, device.hypers, device.addresses, *device._constants):
+    of_numbers = [t for x in (device.hypers, device.conditions) for t in (x.values, x.addresses)]
+    for t in (device.rows, device.grads, *of_numbers, *device._constants):
         assert torch.equal(t.tensor, torch.from_numpy(t.array))
     assert device.rows.tensor[0, table.NUMEL.value] == 8
     assert device.rows.tensor[0, table.FLAGS.value] >= 0
@@ -90,7 +92,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(step: Any) -> None:
         with monkeypatch.context() as patch:
-            for name in ("optimizer", "state", "rows", "upload"):
+            for name in ("stepper", "state", "rows", "upload", "numbers", "average"):
                 patch.setattr(f"fusedopt.{name}.capturing", lambda: True)
             step()
 

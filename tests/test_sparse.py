@@ -196,7 +196,6 @@ def test_warmup_compiles_the_sparse_variant(device: str) -> None:
         ("SGD", dict(weight_decay=0.1), "weight_decay option is not compatible with sparse gradients"),
         ("Adagrad", dict(weight_decay=0.1), "weight_decay option is not compatible with sparse gradients"),
         ("SGD", dict(cautious=True), "do not take sparse gradients"),
-        ("SGD", dict(clip_grad_norm=1.0), "clipping and skipping do not take sparse gradients"),
     ],
     ids=str,
 )
@@ -209,6 +208,37 @@ def test_what_cannot_take_them_refuses_before_anything_changes(
     with pytest.raises(RuntimeError, match=message):
         step(0, optimizer)
     assert all(map(torch.equal, params, start)) and not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("kind", [2.0, 1.0, float("inf")])
+def test_clipping_takes_the_norm_of_the_coalesced_gradient(kind: float, backend: str, device: str) -> None:
+    """Together with a dense parameter; torch clips the same gradients made dense."""
+    ours, theirs = [*leaves(device), torch.ones(3, device=device)], [*leaves(device), torch.ones(3, device=device)]
+    optimizer = fusedopt.SGD(ours, lr=0.5, clip_grad_norm=0.5, clip_norm_type=kind, backend=backend)  # pyright: ignore[reportArgumentType] # one of the backends
+    reference = torch.optim.SGD(theirs, lr=0.5)
+    for t in range(3):
+        for i, (p, q) in enumerate(zip(ours[:-1], theirs[:-1], strict=True)):
+            p.grad = sparse_gradient(p, 10 * t + i)
+            q.grad = p.grad.to_dense()
+        ours[-1].grad, theirs[-1].grad = torch.full_like(ours[-1], 0.25), torch.full_like(ours[-1], 0.25)
+        torch.nn.utils.clip_grad_norm_(theirs, 0.5, norm_type=kind)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_sparse_gradient_that_is_not_finite_skips_the_step(backend: str, device: str) -> None:
+    params = leaves(device)
+    optimizer = fusedopt.SGD(params, lr=0.5, skip_nonfinite=True, backend=backend)  # pyright: ignore[reportArgumentType] # one of the backends
+    start = [p.detach().clone() for p in params]
+    for i, p in enumerate(params):
+        p.grad = sparse_gradient(p, i)
+    params[0].grad = params[0].grad * float("inf") if params[0].grad is not None else None
+    optimizer.step()
+    assert all(map(torch.equal, params, start)) and optimizer.metrics()["skipped_steps"] == 1
 
 
 def test_sparse_adam_refuses_dense_gradients(device: str) -> None:

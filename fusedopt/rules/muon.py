@@ -28,7 +28,8 @@ import triton.language as tl
 from fusedopt_kernels.numerics import average, average_eager, average_weight, average_weight_eager
 
 from ..arguments import check_at_least
-from ..muon_step import MuonEager, MuonTables
+from ..muon_eager import MuonEager
+from ..muon_step import MuonTables
 from ..optimizer import FusedOptimizer
 from ..options import Options
 from ..rule import Rule, Slot

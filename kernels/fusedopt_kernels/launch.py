@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import triton
 
-from . import numerics, scalars, step, table
+from . import numerics, scalars, step, table, total
 from .norm import norm_kernel
 from .rows import rows_kernel
 
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i32", "scalars": "*fp64", "partials": "*fp64",
-    "hypers": "*fp64", "addresses": "*i64", "header": "*fp64", "counts": "*i64",
+    "hypers": "*fp64", "addresses": "*i64", "conditions": "*fp64", "condition_addresses": "*i64", "header": "*fp64",
+    "counts": "*i64", "skipped": "*fp64", "norm": "*fp32", "limit": "*fp64",
 }  # fmt: skip
 """Type of every pointer argument, by name; kernels share the names."""
 
@@ -72,7 +73,7 @@ class UpdateVariant:
     compute: torch.dtype
     n_scalars: int
     n_norms: int
-    switches: tuple[bool, bool, bool] = (False, False, False)
+    switches: tuple[bool, bool, bool, bool, bool] = (False, False, False, False, False)
 
 
 KERNELS: dict[str, Any] = {"update": step.update_kernel, "measure": step.measure_kernel, "rows": rows_kernel}
@@ -81,7 +82,8 @@ KERNELS: dict[str, Any] = {"update": step.update_kernel, "measure": step.measure
 
 def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") -> KernelSpec:
     """One of `KERNELS` of a variant around a rule's ``update`` or ``measure``."""
-    types = (numerics.triton_type(v.grad), v.weight[2], *(codec[2] for codec in v.states))
+    average = (numerics.triton_type(v.compute),) if v.switches[3] else ()
+    types = (numerics.triton_type(v.grad), v.weight[2], *(codec[2] for codec in v.states), *average)
     block, tail, warps = launch_shape({t.primitive_bitwidth // 8 for t in types})
     items: tuple[tuple[str, Any], ...] = (
         ("MEASURE" if kernel == "measure" else "RULE", rule),
@@ -113,10 +115,10 @@ def sources(*parts: tuple[Any, ...]) -> str:
     return hashlib.sha256("-".join(keys).encode()).hexdigest()
 
 
-def norm_spec(grad: torch.dtype) -> KernelSpec:
-    """The norm pass over gradients of one dtype."""
-    block = ("BLOCK", table.NORM_BLOCK)
-    return KernelSpec("norm", norm_kernel, (("GRAD", numerics.triton_type(grad)), ("CHUNK", table.NORM_CHUNK), block))
+def norm_spec(grad: torch.dtype, kind: int = table.NORM_TWO.value) -> KernelSpec:
+    """The norm pass over gradients of one dtype; kind: one of table's ``NORM_…``."""
+    sizes = ("CHUNK", table.NORM_CHUNK), ("BLOCK", table.NORM_BLOCK)
+    return KernelSpec("norm", norm_kernel, (("GRAD", numerics.triton_type(grad)), ("KIND", kind), *sizes))
 
 
 SCALARS_BLOCK = 128
@@ -126,22 +128,28 @@ SCALARS_BLOCK = 128
 class NormUse:
     """What a step does with gradient norms: constants of the scalars kernel.
 
-    mode: where the norm comes from (``table.py``). scaled: a loss scale or skip decision is given. own: segments are
-    clipped, or rules run, by the norms of single parameters; rule: a rule takes them.
+    mode: where the norm comes from (``table.py``); kind: which norm. scaled: a loss scale or skip decision is given.
+    own: norms of single gradients are used; rule: a rule takes them.
     """
 
     mode: int = table.NO_NORM.value
+    kind: int = table.NORM_TWO.value
     scaled: bool = False
     own: bool = False
     rule: bool = False
 
+    @property
+    def with_norm(self) -> bool:
+        """Whether a norm enters the step."""
+        return self.mode != table.NO_NORM.value
 
-def totals_spec() -> KernelSpec:
+
+def totals_spec(kind: int) -> KernelSpec:
     """Sums of one table's gradients."""
-    return KernelSpec("totals", scalars.totals_kernel, ())
+    return KernelSpec("totals", total.totals_kernel, (("KIND", kind),))
 
 
-def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], use: NormUse) -> KernelSpec:
+def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], use: NormUse, averaged: bool) -> KernelSpec:
     """The scalars kernel of a rule; counts: its hyper-parameters, scalars and scalar slots."""
     items = (
         ("RULE", rule),
@@ -149,9 +157,11 @@ def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], use: NormUs
         ("N_SCALARS", counts[1]),
         ("N_STATE", counts[2]),
         ("NORM_MODE", use.mode),
+        ("KIND", use.kind),
         ("SCALED", use.scaled),
         ("OWN_NORMS", use.own),
         ("GRAD_NORM", use.rule),
+        ("EMA", averaged),
         ("BLOCK", SCALARS_BLOCK),
     )
     return KernelSpec(name, scalars.scalars_kernel, items)

@@ -33,9 +33,11 @@ def load(address, at, T: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr
 
 @triton.jit
 def store(address, at, x, T: tl.constexpr, FULL: tl.constexpr):
-    """Store x rounded once to type T."""
+    """Store x rounded once to type T; returns the value that is stored."""
     p = pointer(address, at, T, FULL)
+    stored = narrow(x, T)
     if FULL:
-        tl.store(p + at[1], narrow(x, T))
+        tl.store(p + at[1], stored)
     else:
-        tl.store(p + at[1], narrow(x, T), mask=at[2])
+        tl.store(p + at[1], stored, mask=at[2])
+    return widen(stored, T, x.dtype)

@@ -5,28 +5,54 @@ chunk, the block and the order of the sums are part of the norm's definition: a 
 on how parameters are grouped, flattened or launched. Non-finite is decided from the elements, never from an overflowed
 sum: a chunk's sum of fp32 squares cannot overflow fp64, so it is finite exactly when its elements are; squares of fp64
 gradients can, so there each element is looked at (11.6 instructions per bf16 element, where the sum takes 5.4).
+
+Besides the 2-norm there are the 1-norm (sums of magnitudes) and the largest magnitude (NaN if there is one).
 """
 
 import triton
 import triton.language as tl
 
 from . import memory
-from .table import ALIGNED, FLAGS, NORM_START, NUMEL, ROW_WIDTH
+from .numerics import maximum
+from .table import ALIGNED, FLAGS, NORM_INF, NORM_START, NORM_TWO, NUMEL, ROW_WIDTH
 
 
 @triton.jit
-def _accumulate(gradient, at, total, bad, GRAD: tl.constexpr, FULL: tl.constexpr):
+def join(a, b, KIND: tl.constexpr):
+    """Two partials of a norm as one; element by element."""
+    return maximum(a, b) if KIND == NORM_INF else a + b
+
+
+@triton.jit
+def join_lanes(x, KIND: tl.constexpr):
+    """One partial from those of all lanes."""
+    if KIND == NORM_INF:
+        found = tl.sum((x != x).to(tl.int32)) > 0  # a NaN is lost in tl.max
+        return tl.where(found, float("nan"), tl.max(tl.where(x != x, 0.0, x)))
+    else:
+        return tl.sum(x)
+
+
+@triton.jit
+def root(x, KIND: tl.constexpr):
+    """The norm, from all partials."""
+    return tl.sqrt(x) if KIND == NORM_TWO else x
+
+
+@triton.jit
+def _accumulate(gradient, at, total, bad, GRAD: tl.constexpr, KIND: tl.constexpr, FULL: tl.constexpr):
     x = memory.load(gradient, at, GRAD, tl.float64, FULL)
     if GRAD == tl.float64:
         bad = bad | (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
-    return total + x * x, bad
+    return join(total, x * x if KIND == NORM_TWO else tl.abs(x), KIND), bad
 
 
 @triton.jit
 def norm_kernel(
-    rows, grads, chunks, partials, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    rows, grads, chunks, partials,
+    GRAD: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial ``(sum of squares, > 0 if an element is inf or NaN)`` of one chunk of one gradient."""
+    """Partial ``(sum of squares or as KIND says, > 0 if an element is inf or NaN)`` of one chunk of one gradient."""
     pid = tl.program_id(0)
     segment = tl.load(chunks + 2 * pid).to(tl.int64)
     chunk = tl.load(chunks + 2 * pid + 1).to(tl.int64)
@@ -39,15 +65,16 @@ def norm_kernel(
     bad = tl.zeros((BLOCK,), tl.int32)
     if (left >= CHUNK) & ((tl.load(row + FLAGS) & ALIGNED) != 0):
         for o in range(0, CHUNK, BLOCK):
-            total, bad = _accumulate(gradient, (start + o, lanes, lanes < BLOCK), total, bad, GRAD, True)
+            total, bad = _accumulate(gradient, (start + o, lanes, lanes < BLOCK), total, bad, GRAD, KIND, True)
     else:
         rest = tl.minimum(left, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
-            total, bad = _accumulate(gradient, (start + done, lanes, done + lanes < rest), total, bad, GRAD, False)
+            at = (start + done, lanes, done + lanes < rest)
+            total, bad = _accumulate(gradient, at, total, bad, GRAD, KIND, False)
             done += BLOCK
     slot = partials + 2 * (tl.load(row + NORM_START) + chunk)
-    square = tl.sum(total)
+    square = join_lanes(total, KIND)
     tl.store(slot, square)
     if GRAD == tl.float64:
         tl.store(slot + 1, tl.sum(bad).to(tl.float64))

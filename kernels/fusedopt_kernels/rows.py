@@ -38,7 +38,7 @@ def rows_kernel(
             down = at // length
             here = tl.load(index + first + down, mask=mask, other=0) * length + (at - down * length)
             update_block(
-                r, e, s, (start * 0, here, mask), (start + done, lanes, mask),
+                r, e, s, (start * 0, here, mask), (start + done, lanes, mask), (),
                 RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
             )  # fmt: skip
             done += BLOCK

@@ -5,18 +5,23 @@ plain tuples of jit functions and types, composed and never enumerated. Every nu
 Full chunks of aligned segments take an unmasked path with 128-bit accesses; all others a masked, coalesced one in
 blocks of another size: with equal sizes the compiler shares layouts between both and adds barriers to the tail.
 
-SWITCHES is what may be laid around any rule: ``(cautious, cautious decay, masked)``.
+SWITCHES is what may be laid around any rule: ``(cautious, cautious decay, masked, averaged, measured)``. An averaged
+weight has a running average beside it; of a measured one the squares of its new value and of its change are summed.
 """
 
 import triton
 import triton.language as tl
 
 from . import memory
+from .average import renew
 from .numerics import sign
 from .table import (
     ALIGNED,
+    CHANGE,
     COEFFICIENT,
     DECAY,
+    EMA,
+    EMA_WEIGHT,
     FLAGS,
     L1_PENALTY,
     L2,
@@ -48,8 +53,10 @@ def load_scalars(row, N: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def load_row(row, gradient, N_STATES: tl.constexpr):
-    """What the blocks of a chunk share: (flags, gradient, parameter, residual, mask, values and scales of slots)."""
+    """What the blocks of a chunk share: (flags, gradient, parameter, residual, mask, average, values and scales of
+    slots)."""
     r = (tl.load(row + FLAGS), gradient, tl.load(row + PARAM), tl.load(row + RESIDUAL), tl.load(row + MASK))
+    r = r + (tl.load(row + EMA),)
     for i in tl.static_range(2 * N_STATES):
         r = r + (tl.load(row + SLOTS + i),)
     return r
@@ -66,10 +73,34 @@ def _inputs(
     p = WEIGHT[0](r[2], r[3], at, WEIGHT[2], COMPUTE, FULL)
     states = ()
     for i in tl.static_range(len(STATES)):
-        states = states + (STATES[i][0](r[5 + 2 * i], r[6 + 2 * i], at, STATES[i][2], COMPUTE, FULL),)
+        states = states + (STATES[i][0](r[6 + 2 * i], r[7 + 2 * i], at, STATES[i][2], COMPUTE, FULL),)
     for i in tl.static_range(len(TRANSFORMS)):
         g = TRANSFORMS[i](g, p, r[0], e)
     return g, p, states
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(N):
+        sums = sums + (tl.zeros((BLOCK,), tl.float64),)
+    return sums
+
+
+@triton.jit
+def _store_sums(out, sums):
+    for i in tl.static_range(len(sums)):
+        tl.store(out + i, tl.sum(sums[i]))
+
+
+@triton.jit
+def _add_squares(sums, values, at):
+    """Squares of some values of a block, added up lane by lane."""
+    new = ()
+    for i in tl.static_range(len(sums)):
+        x = tl.where(at[2], values[i], 0.0).to(tl.float64)
+        new = new + (sums[i] + x * x,)
+    return new
 
 
 @triton.jit
@@ -80,11 +111,12 @@ def agrees(a, b):
 
 @triton.jit
 def update_block(
-    r, e, s, at, at_g,
+    r, e, s, at, at_g, sums,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
     SWITCHES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
+    """Update one block; returns ``sums`` with its own added, where the step is measured."""
     g, p, states = _inputs(r, e, at, at_g, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
     descent, new = RULE(g, p, states, s, VARIANT, EXACT)
     if SWITCHES[0]:
@@ -95,9 +127,15 @@ def update_block(
     x = p - total
     if SWITCHES[2]:
         x = tl.where(memory.load(r[4], at, tl.int8, tl.int32, FULL) != 0, x, p)
-    WEIGHT[1](r[2], r[3], at, x, WEIGHT[2], FULL)
+    held = WEIGHT[1](r[2], r[3], at, x, WEIGHT[2], FULL)
+    if SWITCHES[3]:
+        memory.store(r[5], at, renew(memory.load(r[5], at, COMPUTE, COMPUTE, FULL), held, e[6]), COMPUTE, FULL)
     for i in tl.static_range(len(STATES)):
-        STATES[i][1](r[5 + 2 * i], r[6 + 2 * i], at, new[i], STATES[i][2], FULL)
+        STATES[i][1](r[6 + 2 * i], r[7 + 2 * i], at, new[i], STATES[i][2], FULL)
+    if SWITCHES[4]:
+        return _add_squares(sums, (held, held - p), at)
+    else:
+        return sums
 
 
 @triton.jit
@@ -151,43 +189,35 @@ def update_kernel(
         if SWITCHES[0]:
             agreeing = sum_of_squares(partials, first, count, 1, _LANES)
             scale = (numel.to(tl.float64) / (agreeing + 1.0)).to(COMPUTE)
-        terms = e + (scale,)
+        terms = e + (scale, tl.load(srow + EMA_WEIGHT).to(COMPUTE))
+        N_SUMS: tl.constexpr = 2 if SWITCHES[4] else 0
+        out = tl.load(row + CHANGE).to(tl.pointer_type(tl.float64), bitcast=True) + 2 * chunk
         start = chunk * CHUNK
         left = numel - start
         r = load_row(row, gradient, len(STATES))
         if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
             lanes = tl.arange(0, BLOCK)
+            sums = _zeros(N_SUMS, BLOCK)
             for o in range(0, CHUNK, BLOCK):
                 at = (start + o, lanes, lanes < BLOCK)
-                update_block(
-                    r, terms, s, at, at,
+                sums = update_block(
+                    r, terms, s, at, at, sums,
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
                 )  # fmt: skip
+            _store_sums(out, sums)
         else:
             few = tl.arange(0, TAIL)
+            few_sums = _zeros(N_SUMS, TAIL)
             rest = tl.minimum(left, CHUNK).to(tl.int32)
             done = rest * 0
             while done < rest:
                 at = (start + done, few, done + few < rest)
-                update_block(
-                    r, terms, s, at, at,
+                few_sums = update_block(
+                    r, terms, s, at, at, few_sums,
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
                 )  # fmt: skip
                 done += TAIL
-
-
-@triton.jit
-def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(N):
-        sums = sums + (tl.zeros((BLOCK,), tl.float64),)
-    return sums
-
-
-@triton.jit
-def _store_sums(out, sums):
-    for i in tl.static_range(len(sums)):
-        tl.store(out + i, tl.sum(sums[i]))
+            _store_sums(out, few_sums)
 
 
 @triton.jit
@@ -203,11 +233,7 @@ def _measure_block(
         values = (agrees(descent, g).to(COMPUTE),)
     else:
         values = MEASURE(g, p, states, s, VARIANT, EXACT)
-    new = ()
-    for i in tl.static_range(len(sums)):
-        x = tl.where(at[2], values[i], 0.0).to(tl.float64)
-        new = new + (sums[i] + x * x,)
-    return new
+    return _add_squares(sums, values, at)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ GROUP = tl.constexpr(2)  # row of the hyper-parameter table
 FLAGS = tl.constexpr(3)  # bits below
 STEP = tl.constexpr(4)  # address of the step count (0-dim fp32 or fp64)
 RESIDUAL = tl.constexpr(5)  # address of what a low-precision weight format keeps beside the weight
-EMA = tl.constexpr(6)  # address of the weight average
+EMA = tl.constexpr(6)  # address of the weight average (fp32, or fp64 beside fp64 weights)
 MASK = tl.constexpr(7)  # address of the update mask
 STREAM = tl.constexpr(8)  # random-stream id (64-bit hash of the parameter's name)
 ROW_LENGTH = tl.constexpr(9)  # elements in one local row (trailing dims flattened)
@@ -26,6 +26,8 @@ NORM_COUNT = tl.constexpr(13)  # number of those partials
 MEASURE_START = tl.constexpr(14)  # first partial of this segment's rule norms (two-pass rules)
 MEASURE_COUNT = tl.constexpr(15)  # number of those partials
 INDEX = tl.constexpr(16)  # address of the touched rows of a sparse gradient
+EMA_STEP = tl.constexpr(17)  # count of averaged steps: address shifted left once | is fp64
+CHANGE = tl.constexpr(18)  # address of (sum of squares of the weights, of their change), a pair per chunk
 SLOTS = tl.constexpr(20)  # then per state slot: address of the values, address of the scales
 MAX_SLOTS = 8
 ROW_WIDTH = tl.constexpr(36)
@@ -47,18 +49,32 @@ CLIP_NORM = tl.constexpr(2)  # largest norm of the gradient, or inf
 CLIP_VALUE = tl.constexpr(3)  # largest magnitude of its elements, or inf
 L1 = tl.constexpr(4)  # coupled L1 penalty
 LR_INITIAL = tl.constexpr(5)  # the lr that `LR_INDEPENDENT` decay refers to
+EMA_DECAY = tl.constexpr(6)  # of the weight average
+EMA_WARMUP = tl.constexpr(7)  # not 0: it starts smaller
 RULE_HYPERS = tl.constexpr(8)  # the rule's own, in the order it declares them
 HYPER_WIDTH = tl.constexpr(24)
 # Address columns hold the address shifted left once; the low bit says that the tensor is fp64, not fp32.
 
-# Row 0 of the hyper-parameters belongs to the step as a whole; the groups follow.
+# Row 0 of the hyper-parameters holds what the groups agree on; the groups follow.
+SKIP_NONFINITE = tl.constexpr(0)  # not 0: skip the step when a gradient is not finite
+SKIP_ABOVE = tl.constexpr(1)  # skip it when the norm is above this, or inf
+
+# Columns of the conditions (float64, and addresses as above): what one step is given. A captured step keeps its own.
 GRAD_SCALE = tl.constexpr(0)  # what the loss was multiplied by
 FOUND_INF = tl.constexpr(1)  # not 0: skip the step
-SKIP_NONFINITE = tl.constexpr(2)  # not 0: skip it when a gradient is not finite
-SKIP_ABOVE = tl.constexpr(3)  # skip it when the norm is above this, or inf
-TOTAL_SQUARE = tl.constexpr(4)  # given totals: sum of squares of all gradients, as scaled
-TOTAL_BAD = tl.constexpr(5)  # and whether an element is inf or NaN
-TOTAL_NORM = tl.constexpr(6)  # given norm of all gradients, unscaled
+CHECK = tl.constexpr(2)  # not 0: skip it when a gradient is not finite, whatever the groups say
+TOTAL_SQUARE = tl.constexpr(3)  # given totals: sum (of squares; largest) over all gradients, as scaled
+TOTAL_BAD = tl.constexpr(4)  # and whether an element is inf or NaN
+TOTAL_NORM = tl.constexpr(5)  # given norm of all gradients, unscaled
+TALLY = tl.constexpr(6)  # only an address: of running counts, below; 0 for all tables but one
+CONDITIONS_WIDTH = tl.constexpr(8)
+
+# Running counts (float64).
+STEPS = tl.constexpr(0)  # steps, skipped ones too
+CLIPPED = tl.constexpr(1)  # steps that clipped a gradient
+SKIPPED_STEPS = tl.constexpr(2)
+NONFINITE_STEPS = tl.constexpr(3)  # steps whose gradients held inf or NaN
+TALLY_WIDTH = tl.constexpr(4)
 
 # Columns of a scalar row (float64), written by the scalars kernel and read by the update kernel.
 COEFFICIENT = tl.constexpr(0)  # what every gradient element is multiplied by (unscale × clip)
@@ -68,7 +84,10 @@ SKIP = tl.constexpr(3)  # 1.0: this step changes nothing
 SQUARE = tl.constexpr(4)  # sum of squares of the gradient, where it takes several partials
 L1_PENALTY = tl.constexpr(5)  # coupled L1 penalty
 LIMIT = tl.constexpr(6)  # largest magnitude of a gradient element
-RULE_SCALARS = tl.constexpr(8)  # the rule's own, in the order it returns them
+CLIP = tl.constexpr(7)  # what norm clipping alone multiplies with
+EMA_WEIGHT = tl.constexpr(8)  # weight of the new value in the weight average, for `numerics.average`
+GRADIENT_NORM = tl.constexpr(9)  # norm of this gradient alone, unscaled, where norms of single gradients are used
+RULE_SCALARS = tl.constexpr(12)  # the rule's own, in the order it returns them
 SCALAR_WIDTH = tl.constexpr(32)
 
 # Header (float64): results of a step that belong to no segment.
@@ -76,8 +95,10 @@ NORM = tl.constexpr(0)  # gradient norm before clipping, rounded to fp32 (fp64 w
 NONFINITE = tl.constexpr(1)  # 1.0 when a gradient holds inf or NaN
 SKIPPED = tl.constexpr(2)  # 1.0 when the step was skipped
 NORM_IS_FP64 = tl.constexpr(3)  # in: 1.0: keep the norm in fp64
-OWN_SQUARE = tl.constexpr(4)  # sum of squares of this table's gradients alone, as scaled
+OWN_SQUARE = tl.constexpr(4)  # sum (of squares; largest) over this table's gradients alone, as scaled
 OWN_BAD = tl.constexpr(5)  # whether one of these is inf or NaN
+LOWEST_CLIP = tl.constexpr(6)  # smallest `CLIP` of a segment
+FOUND = tl.constexpr(7)  # NONFINITE once more, as fp32 in the first four bytes: what a GradScaler reads
 HEADER_WIDTH = tl.constexpr(8)
 
 # Where the norm of a step comes from: `NORM_MODE` of the scalars kernel.
@@ -85,6 +106,11 @@ NO_NORM = tl.constexpr(0)  # none is wanted; gradients may still be scaled
 OWN_NORM = tl.constexpr(1)  # this table's partials
 SUMMED_NORM = tl.constexpr(2)  # sums of several tables, in row 0
 GIVEN_NORM = tl.constexpr(3)  # the caller's, in row 0
+
+# What is summed up for a norm: `KIND` of norm kernels.
+NORM_ONE = tl.constexpr(1)  # magnitudes
+NORM_TWO = tl.constexpr(2)  # squares
+NORM_INF = tl.constexpr(3)  # the largest magnitude, no sum
 
 # Counts (int64) read by kernels at run time.
 N_SEGMENTS = tl.constexpr(0)

@@ -3,7 +3,7 @@
 The contract of a weight codec, a flat tuple ``(load, store, type)``:
 
 * ``load(param, residual, at, T, COMPUTE, FULL)`` yields the exact value that the format holds;
-* ``store(param, residual, at, x, T, FULL)`` takes the new value and rounds it once.
+* ``store(param, residual, at, x, T, FULL)`` takes the new value, rounds it once and returns what the format then holds.
 
 Rules and the step kernel see values only: how a format keeps what rounding would lose is its own affair.
 """
@@ -25,7 +25,7 @@ def load_plain(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FULL
 
 @triton.jit
 def store_plain(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
-    memory.store(param, at, x, T, FULL)
+    return memory.store(param, at, x, T, FULL)
 
 
 def codec(dtype: torch.dtype) -> tuple[Any, ...]:

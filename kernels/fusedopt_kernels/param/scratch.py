@@ -19,7 +19,7 @@ def load_scratch(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FU
 
 @triton.jit
 def store_scratch(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
-    memory.store(residual, at, x, T, FULL)
+    return memory.store(residual, at, x, T, FULL)
 
 
 def codec() -> tuple[Any, ...]:

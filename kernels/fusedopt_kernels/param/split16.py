@@ -27,6 +27,7 @@ def store_split16(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
     b = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True)) + 0x8000
     memory.store(param, at, b >> 16, tl.int16, FULL)
     memory.store(residual, at, b & 0xFFFF, tl.int16, FULL)
+    return x
 
 
 def codec(dtype: torch.dtype) -> tuple[Any, ...]:

@@ -1,0 +1,120 @@
+"""How a step runs: the plan it keeps while nothing changes, and the parts that carry it out."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt_kernels import launch, table
+
+from . import buffers, flatten
+from .arguments import check_given
+from .captures import capture
+from .metrics import Metrics
+from .numbers import Shared
+from .parts import Parts
+from .plan import Plan
+from .rule import Rule
+from .upload import capturing
+
+_LAUNCHER = launch.Launcher()
+
+
+class Stepper(torch.optim.Optimizer):
+    """The inner half of `FusedOptimizer`: everything between ``step()`` and the kernels."""
+
+    rule: ClassVar[Rule]
+    backend: str = "auto"
+    _plan: Plan | None = None
+    _parts: Parts
+    _reported: Parts | None = None  # of the last step, for metrics
+    _launcher: launch.Launcher = _LAUNCHER
+    _metrics = Metrics(())
+    _check_nonfinite = False  # set by GradScaler around a step
+    _swapped = False  # inside swap_ema
+    _counters: dict[Tensor, Tensor]
+
+    def _begin(self) -> None:
+        """No plan, no captured steps, no counts."""
+        self._shared = Shared(self._launcher, self._metrics)
+        self._captures: list[tuple[Plan, Parts]] = []
+        self._forget_plan()
+
+    def rule_of(self, group: dict[str, Any]) -> Rule:
+        """The rule that updates a group's parameters."""
+        return self.rule
+
+    def defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Group keys of that rule, with their defaults."""
+        return self.defaults
+
+    @property
+    def _tables(self) -> list[Any]:
+        """Parts of the present plan that run kernels."""
+        return [] if self._plan is None else self._parts.tables
+
+    @property
+    def _eager(self) -> list[Any]:
+        """Parts of the present plan that run twins."""
+        return [] if self._plan is None else self._parts.eager
+
+    def _step(self, grads: list[Tensor] | None = None, total_norm: float | Tensor | None = None) -> None:
+        """One step; ``grads`` stand in for the gradients of the parameters that have one, in their order."""
+        given = self._given(total_norm)
+        if capturing():
+            capture(self, grads, given)
+            return
+        plan, changed = self._plan, None
+        if plan is not None and plan.refresh(self):
+            changed = plan.changed_groups(self)
+        if plan is None or changed is None:
+            plan = self._build()
+        elif changed:
+            self._parts.set_hypers(changed)
+        self._run(plan, grads, given)
+
+    def _run(self, plan: Plan, grads: list[Tensor] | None, given: dict[int, Any]) -> None:
+        if grads is not None:
+            plan.replace_gradients(grads)
+        plan.pack()
+        self._parts.run(plan, given)
+        self._reported = self._parts
+        plan.unpack()
+
+    def _given(self, total_norm: float | Tensor | None) -> dict[int, Any]:
+        """Conditions of this step, by column: the norm, and what torch.amp.GradScaler or the user set."""
+        given = {
+            table.TOTAL_NORM.value: total_norm,
+            table.GRAD_SCALE.value: getattr(self, "grad_scale", None),
+            table.FOUND_INF.value: getattr(self, "found_inf", None),
+            table.CHECK.value: 1.0 if self._check_nonfinite else None,
+        }
+        names = ("total_norm", "grad_scale", "found_inf")
+        for name, value in zip(names, given.values(), strict=False):
+            check_given(name, value)
+        return {column: value for column, value in given.items() if value is not None}
+
+    def _found_inf(self) -> list[Tensor]:
+        """Whether a gradient of the last step held inf or NaN: 1.0 or 0.0, 0-dim fp32; empty without gradients."""
+        parts = self._reported
+        if parts is None:
+            return []
+        found = [part.header.view(torch.float32)[2 * table.FOUND.value] for part in parts.tables]
+        return [*found, *(part.found for part in parts.eager)][:1]
+
+    def _forget_plan(self) -> None:
+        """Drop the plan and everything it holds: state, packed parameters, device tables."""
+        self._plan = self._reported = None
+        self.__dict__.pop("_parts", None)
+        self._written: list[Tensor] = []
+
+    def _build(self) -> Plan:
+        """A new plan from what is there now, and its parts by device."""
+        self._forget_plan()
+        plan = Plan(self)
+        self._shared.launcher, self._shared.metrics = self._launcher, self._metrics
+        self._parts = Parts(plan, self.backend, self._shared)
+        self._plan = plan
+        if any(map(buffers.is_placed, plan.params)):
+            self._written = flatten.bases(plan.params)
+        return plan
