@@ -17,7 +17,7 @@ def case(elements: int) -> Case:
     roles = {"param": accesses, "exp_avg": accesses, "exp_avg_sq": accesses, "grad": {"load": 4 * elements}}
     widths = {role: {what: {"16": n // 16} for what, n in kinds.items()} for role, kinds in roles.items()}
     widths["grad"] = {"load": {"4": elements}}
-    return Case(elements, roles, widths, 0.5, 40 * elements, 108, 60, spills=3, shared=0, barriers=2)
+    return Case(elements, roles, widths, 0.5, 40 * elements, 108, 16, 60, spills=3, shared=0, barriers=2)
 
 
 def inspection(launches: int = 2) -> Inspection:
@@ -76,6 +76,8 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, st
         (["adamw", "amsgrad"], "unexpected argument amsgrad"),
         (["adamw", "--lr", "1e-"], "--lr takes a number"),
         (["adamw", "--arch", "gfx942", "--check"], "choose an NVIDIA architecture"),
+        (["adamw", "--clip", "1", "--clip-grad-norm", "2"], "--clip is short for --clip-grad-norm: give one of them"),
+        (["adamw", "--ema", "0.9x"], "--ema takes a number"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(
@@ -95,6 +97,8 @@ def test_bad_input_gets_one_line_and_status_2(
         ({"lr": -1}, "Invalid learning rate"),
         ({"lr": "fast"}, "wrong type"),
         ({"betas": 5}, "wrong type"),
+        ({"backend": "eager"}, "no option --backend"),
+        ({"metrics": ["grad_nor"]}, "'grad_nor' is not known"),
     ],
 )
 def test_what_the_rule_refuses_is_bad_input(arguments: dict[str, Any], message: str) -> None:
@@ -129,7 +133,8 @@ def test_the_report_names_what_was_counted(answers: dict[str, Any], capsys: pyte
     assert "launches per step: 2 for 3 tensors and 2 for 24 tensors (adamw_scalars, adamw)" in words
     assert "adamw full, aligned 16.00 12.00 28.00 128, grad 32 128 40.0 3 2 50%" in words
     assert "adamw tail (1003) 16.00" in words
-    assert "108 bytes read per full chunk" in words
+    assert "bytes per parameter: 28.00" in words
+    assert "108 bytes read per full chunk (0.0066 per parameter), by 60 loads of warps; 16 written." in words
     assert "predicted, not measured: 28.00 B × 8e+09 parameters at 4.3e+12 B/s = 52.09 ms per step" in words
     assert "hidden behind memory" in words
     assert "exactly these bytes" in words
@@ -159,11 +164,25 @@ def test_json_holds_the_configuration_and_the_ratios(
     report = json.loads(run(capsys, "adamw", "--amsgrad", "--param-dtype", "bf16", "--json")[1])
     assert report["configuration"] == {
         "rule": "adamw", "arguments": {"amsgrad": True}, "param_dtype": "bfloat16", "grad_dtype": "bfloat16",
+        "amp": False,
     }  # fmt: skip
     full = report["kernels"][1]["cases"]["full"]
     assert (full["loaded_per_param"], full["stored_per_param"], full["instructions_per_element"]) == (16, 12, 40)
     assert report["roofline"]["seconds"] == pytest.approx(28 * 8e9 / 4.3e12)
     assert report["check"] is None
+
+
+def test_short_forms_stand_for_options_of_the_optimizer(
+    answers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--clip", "1.0", "--amp", "--ema", "0.999", "--metrics", "grad_norm,update_ratio", "--amsgrad")
+    asked = json.loads(run(capsys, "adamw", *short, "--json")[1])["configuration"]
+    assert asked["amp"] is True
+    assert asked["arguments"] == {
+        "amsgrad": True, "clip_grad_norm": 1.0, "ema_decay": 0.999, "metrics": ["grad_norm", "update_ratio"],
+    }  # fmt: skip
+    assert "as under fusedopt.GradScaler" in " ".join(run(capsys, "adamw", "--amp")[1].split())
+    assert "GradScaler" not in run(capsys, "adamw")[1]
 
 
 def test_the_roofline_takes_the_slower_of_memory_and_issue() -> None:

@@ -71,7 +71,7 @@ def test_compare_in_bf16_uses_a_form_of_torch_that_works(train: Train, optimizer
 def test_triton_without_a_gpu_runs_interpreted(train: Train) -> None:
     """A process without TRITON_INTERPRET replaces itself by one with it, and the kernels give eager's bits."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    options = ["--steps", "2", "--clip", "0"]
+    options = ["--steps", "2", "--clip", "0", "--ema", "0.9"]
     command = [*SMALL, "--text", TEXT, "--backend", "triton", "--out", str(train.folder / "triton"), *options]
     done = subprocess.run([sys.executable, "-m", "fusedopt.cli", "train", *command], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -207,8 +207,8 @@ def test_help_names_every_option_by_section_and_imports_no_torch() -> None:
     program = f"import sys; from fusedopt.cli import main\n{call}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = "text hidden-size num-layers num-heads max-seq-len dropout steps batch-size seed dtype clip optimizer lr "
-    for name in (names + "schedule backend compare out resume allow-inexact").split():
+    names = "text hidden-size num-layers num-heads max-seq-len dropout steps batch-size seed dtype clip ema amp lr "
+    for name in (names + "optimizer schedule backend compare out resume log-interval allow-inexact").split():
         assert f"--{name} " in done.stdout or f"--{name}\n" in done.stdout
     for section in ("Data:", "Model:", "Training:", "Optimizer:", "Run:"):
         assert f"\n{section}\n" in done.stdout

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ Every argument of the rule's class is an option too, written after RULE: flags l
 \b
 Examples:
   fusedopt inspect adamw
+  fusedopt inspect adamw --clip 1.0 --amp
   fusedopt inspect adamw --amsgrad --param-dtype bf16 --arch sm_100 --check
   fusedopt inspect sgd --momentum 0.9 --nesterov --params 70e9 --bandwidth 3.3e12 --json
 """
@@ -42,6 +43,10 @@ Examples:
 @click.option("--arch", default="sm_90", show_default=True, help=f"GPU to compile for: {', '.join(ARCHITECTURES)}.")
 @click.option("--param-dtype", default="float32", show_default=True, help=f"{', '.join(DTYPES)}, or torch's names.")
 @click.option("--grad-dtype", help="The same for gradients.  [default: the parameters']")
+@click.option("--clip", metavar="NORM", help="Clip gradients to this norm: short for --clip-grad-norm NORM.")
+@click.option("--ema", metavar="DECAY", help="Average the weights: short for --ema-decay DECAY.")
+@click.option("--metrics", metavar="A,B", help="What the step measures of itself, such as grad_norm,update_ratio.")
+@click.option("--amp", is_flag=True, help="Unscale and check gradients, as the step does under fusedopt.GradScaler.")
 @click.option("--params", default="8e9", show_default=True, help="Parameters of the model, for the prediction.")
 @click.option(
     "--bandwidth", default="4.3e12", show_default=True, help="Bytes per second; the default is a copy on an H200."
@@ -67,11 +72,13 @@ def inspect(rule: str, rule_options: Sequence[str], check: bool, json_output: bo
     param_dtype = _dtype(given["param_dtype"])
     if check and arch.startswith("gfx"):
         raise BadInput(f"--check compares bytes, and none are counted for {arch}; choose an NVIDIA architecture")
+    arguments = rule_arguments(rule_options)
     configuration = {
         "rule": rule,
-        "arguments": rule_arguments(rule_options),
+        "arguments": {**arguments, **short_forms(given, arguments)},
         "param_dtype": param_dtype,
         "grad_dtype": _dtype(given["grad_dtype"]) if given["grad_dtype"] else param_dtype,
+        "amp": given["amp"],
     }
     request = {"configuration": configuration, "arch": arch}
     return _report(request, _count(request, check), (params, bandwidth), json_output)
@@ -126,6 +133,21 @@ def rule_arguments(options: Sequence[str]) -> dict[str, Any]:
             text = rest.pop(0)
         arguments[name.replace("-", "_")] = _literal(name, text) if text else True
     return arguments
+
+
+SHORT_FORMS = {"clip": "clip_grad_norm", "ema": "ema_decay", "metrics": "metrics"}
+
+
+def short_forms(given: Mapping[str, str | bool | None], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options in `SHORT_FORMS` stand for, unless the long forms in ``arguments`` say it already."""
+    found: dict[str, Any] = {}
+    for short, name in SHORT_FORMS.items():
+        text = given[short]
+        if isinstance(text, str):
+            if name in arguments:
+                raise BadInput(f"--{short} is short for --{name.replace('_', '-')}: give one of them")
+            found[name] = text.replace(",", " ").split() if short == "metrics" else _literal(short, text)
+    return found
 
 
 def _literal(name: str, text: str) -> Any:

@@ -105,6 +105,7 @@ def _case(walks: Sequence[emulator.Walk], elements: int) -> Case:
         sector_use=sum(sum(accesses.values()) for accesses in byte_counts.values()) / (SECTOR * sectors),
         instructions=sum(walk.instructions for walk in walks) * WARP,
         table_bytes=sum(walk.traffic.table["load"] for walk in walks),
+        table_stored=sum(walk.traffic.table["store"] for walk in walks),
         table_loads=sum(walk.traffic.table_requests["load"] for walk in walks),
         spills=sum(walk.spills for walk in walks),
         shared=sum(walk.shared for walk in walks),

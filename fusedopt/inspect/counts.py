@@ -13,8 +13,9 @@ class Case:
 
     bytes: role → ``{"load": n, "store": n}``. widths: role → access → ``{bytes per thread: accesses}``.
     sector_use: bytes over those of all 32-byte sectors that accesses of warps touched. instructions: issued, summed
-    over warps and multiplied by the warp's width. table_bytes: distinct ones read from tables; table_loads: accesses
-    of warps to read them. spills, shared, barriers: executed instructions of these kinds, summed over warps.
+    over warps and multiplied by the warp's width. table_bytes, table_stored: distinct ones read from and written to
+    tables; table_loads: accesses of warps to read them. spills, shared, barriers: executed instructions of these kinds,
+    summed over warps.
     """
 
     elements: int
@@ -23,6 +24,7 @@ class Case:
     sector_use: float
     instructions: int
     table_bytes: int
+    table_stored: int
     table_loads: int
     spills: int
     shared: int

@@ -46,9 +46,12 @@ def print_report(
     options = "".join(f", {name}={value}" for name, value in configuration["arguments"].items())
     console.print(
         f"{configuration['rule']}{options}: {configuration['param_dtype']} parameters, "
-        f"{configuration['grad_dtype']} gradients; {inspection.arch}, Triton {inspection.triton}; nothing was run"
+        f"{configuration['grad_dtype']} gradients{', as under fusedopt.GradScaler' if configuration['amp'] else ''}; "
+        f"{inspection.arch}, Triton {inspection.triton}; nothing was run"
     )
     console.print(launches_line(inspection))
+    if roofline is not None:
+        console.print(bytes_line(inspection))
     console.print(_code_table(inspection))
     if any(kernel.cases for kernel in inspection.kernels):
         console.print(_path_table(inspection))
@@ -72,6 +75,13 @@ def launches_line(inspection: Inspection) -> str:
     counts = " and ".join(f"{n} for {tensors} tensors" for tensors, n in inspection.launches.items())
     constant = len(set(inspection.launches.values())) == 1
     return f"launches per step: {counts} ({names})" + ("" if constant else "; THE NUMBER DEPENDS ON THE TENSORS")
+
+
+def bytes_line(inspection: Inspection) -> str:
+    """What a step moves per parameter, kernel by kernel, in aligned full chunks."""
+    moved = [(kernel.name, kernel.cases["full"].bytes_per_param) for kernel in inspection.kernels if kernel.cases]
+    parts = " + ".join(f"{n:.2f} {name}" for name, n in moved)
+    return f"bytes per parameter: {sum(n for _, n in moved):.2f}" + (f" ({parts})" if len(moved) > 1 else "")
 
 
 def _table(title: str) -> Table:
@@ -142,9 +152,10 @@ def _table_lines(inspection: Inspection) -> list[str]:
 
 def _table_line(kernel: Kernel) -> str:
     case = kernel.cases["full"]
+    written = f"; {case.table_stored} written" if case.table_stored else ""
     return (
         f"{case.table_bytes} bytes read per full chunk ({case.table_bytes / case.elements:.4f} per parameter), "
-        f"by {case.table_loads} loads of warps."
+        f"by {case.table_loads} loads of warps{written}."
     )
 
 

@@ -30,18 +30,26 @@ CASES: dict[str, tuple[int, int]] = {
 """Name → (elements, by how many elements the gradient's address is off): an aligned full chunk, a full chunk whose
 gradient is a view at an odd offset, and the end of an aligned tensor."""
 
-COMMAND_OPTIONS = ("arch", "param_dtype", "grad_dtype", "params", "bandwidth", "check", "json")
+LOSS_SCALE = 65536.0
+"""What a GradScaler begins with."""
+
+COMMAND_OPTIONS = (
+    "arch", "param_dtype", "grad_dtype", "clip", "amp", "ema", "metrics", "params", "bandwidth", "check", "json",
+)  # fmt: skip
 """The command's own options, for whoever misspells one of them."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """rule: name in `fusedopt.rules.RULES`. arguments: of its class. Dtypes are torch's names."""
+    """rule: name in `fusedopt.rules.RULES`. arguments: of its class. Dtypes are torch's names. amp: a step as under
+    `fusedopt.GradScaler`, with a loss scale and a search for what is not finite.
+    """
 
     rule: str
     arguments: Mapping[str, Any]
     param_dtype: str = "float32"
     grad_dtype: str = "float32"
+    amp: bool = False
 
 
 @dataclass
@@ -52,7 +60,12 @@ class Subject:
     params: list[torch.Tensor]
 
     def regions(self, tables: Sequence[torch.Tensor]) -> list[Region]:
-        """All memory that the step may touch, after the step made it; ``tables`` are the kernels' arguments."""
+        """All memory that the step may touch, after the step made it; ``tables`` are the kernels' arguments.
+
+        Kernels find further tensors by addresses in these; the parts of the step hold them.
+        """
+        held = [value for part in self.optimizer._tables for value in vars(part).values()]
+        tables = [*tables, *(value for value in held if isinstance(value, torch.Tensor))]
         found = {tensor.data_ptr(): Region.of(TABLE, -1, tensor) for tensor in tables}
         for case, p in enumerate(self.params):
             assert p.grad is not None
@@ -80,14 +93,17 @@ def build(configuration: Configuration, sizes: Sequence[tuple[int, int]] = tuple
             p.grad_dtype = grad_dtype
         p.grad = torch.randn(elements + offset, generator=generator).to(grad_dtype)[offset:]
         params.append(p)
-    return Subject(make_optimizer(configuration, params), params)
+    optimizer = make_optimizer(configuration, params)
+    if configuration.amp:
+        vars(optimizer).update(grad_scale=torch.tensor(LOSS_SCALE), _check_nonfinite=True)
+    return Subject(optimizer, params)
 
 
 def make_optimizer(configuration: Configuration, params: list[torch.Tensor]) -> FusedOptimizer:
     """The configuration's optimizer on the Triton backend; whatever its class refuses becomes a `BadInput`."""
     cls = getattr(fusedopt, RULES[configuration.rule])
     own = (name for name in inspect.signature(cls).parameters if name not in ("params", "options"))
-    known = [*own, *options.DEFAULTS]
+    known = [*own, *(name for name in options.Options.__annotations__ if name != "backend")]
     for name in configuration.arguments:
         if name not in known:
             close = difflib.get_close_matches(name, (*known, *COMMAND_OPTIONS), n=1)

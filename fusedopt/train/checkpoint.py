@@ -91,7 +91,9 @@ def remove(folder: Path) -> None:
 def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
     """Load one trainer's state; BadInput when the checkpoint of `folder` does not hold what it should."""
     try:
-        trainer.load_state_dict(saved["runs"][trainer.library])
+        trainer.load_state_dict(
+            saved["runs"][trainer.library], changed=bool(differences(saved["config"], trainer.config))
+        )
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"checkpoint {folder / FILE_NAME} does not fit this version: {reason}") from None

@@ -22,7 +22,8 @@ HELP = """Train a small decoder-only Transformer on real text, byte by byte.
 The text is the source code of Python's standard library on this machine, or your own files. Two CPU cores need
 about three minutes; with a GPU the model is larger, the kernels are compiled and the forward pass runs in bf16.
 
-The output folder receives metrics.jsonl (a line per step), loss.png, checkpoint.pt, config.json and summary.json.
+The output folder receives metrics.jsonl (a line per step), loss.png (losses, norms, clipping), checkpoint.pt,
+config.json and summary.json.
 A run that was stopped, even by kill -9, continues with --resume and ends with the same bits.
 
 \b
@@ -30,6 +31,7 @@ Examples:
   fusedopt train
   fusedopt train --text *.txt --steps 2000 --hidden-size 256 --out runs/mine
   fusedopt train --optimizer sgd --lr 0.2 --schedule linear --compare torch
+  fusedopt train --clip 0.5 --ema 0.999 --amp bf16
   fusedopt train --resume
   fusedopt train --backend triton            (without a GPU: interpreted, tiny model)
 """
@@ -103,7 +105,7 @@ def start(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     with progress.ProgressView(console, config, step) as view:
         names, stopped_by = loop.run(config, text, folder, environment, saved, view)
-    plot.plot_loss(folder, metrics.read(folder), names)
+    plot.plot_run(folder, metrics.read(folder), names, config.clip)
     progress.report(console, loop.summarise(folder, names), folder, view.seconds)
     if stopped_by:
         click.echo("fusedopt: stopped; continue with --resume", err=True)
@@ -117,10 +119,13 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
     batch = f"batches of {config.batch_size} x {config.max_seq_len} bytes"
     source = "your files" if config.text else "Python's standard library"
     kernels = {"eager": "eager backend"}.get(config.backend, f"Triton kernels {environment['kernels']}")
+    clip = f", clipped at {config.clip:g}" if config.clip > 0 else ""
+    ema = f", weights averaged with decay {config.ema:g}" if config.ema > 0 else ""
     lines = [
         f"text: {source}, {len(text.train) / 1e6:.2f} MB training + {len(text.validation) / 1e6:.2f} MB validation",
         f"model: {size}, {config.dtype}{'' if config.amp == 'off' else ', autocast ' + config.amp}; {batch}",
-        f"optimizer: {config.optimizer}, {kernels} on {environment['processor']}, threads: {environment['threads']}",
+        f"optimizer: {config.optimizer}{clip}{ema}, {kernels} on {environment['processor']}, "
+        f"threads: {environment['threads']}",
     ]
     if step == config.steps:
         lines.append(f"already at step {step}: nothing left to train (--overwrite starts anew)")

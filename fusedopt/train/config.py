@@ -15,7 +15,7 @@ DEFAULT_OUT = "runs/train"
 # A resumed run can never change these: the saved tensors would not fit.
 STRUCTURE = ("optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "compare")
 # These do not touch the weights; `text` is compared by its hash instead of its name.
-FREE = ("out", "text", "val_interval", "val_batches", "checkpoint_interval")
+FREE = ("out", "text", "val_interval", "val_batches", "log_interval", "checkpoint_interval")
 
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": dict(hidden_size=128, num_layers=4, num_heads=4, max_seq_len=128, batch_size=16, steps=1000, dropout=0.0),
@@ -28,7 +28,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. Sizes are counts; `lr` is per step; `clip` is in gradient units, 0 = off."""
+    """Everything that decides a run. Sizes are counts; `lr` is per step; `clip` is in gradient units; `clip` and `ema`:
+    0 = off.
+    """
 
     text: tuple[str, ...]
     optimizer: str
@@ -39,6 +41,7 @@ class TrainConfig:
     min_lr: float
     weight_decay: float
     clip: float
+    ema: float
     steps: int
     batch_size: int
     max_seq_len: int
@@ -54,12 +57,19 @@ class TrainConfig:
     compare: str
     val_interval: int
     val_batches: int
+    log_interval: int
     checkpoint_interval: int
     out: str
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, as config.json and the checkpoint store them."""
         return {**asdict(self), "text": list(self.text)}
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether gradients that are not finite cost a step instead of the run."""
+        chosen = self.optimizer_args
+        return self.amp == "fp16" or bool(chosen.get("skip_nonfinite")) or chosen.get("skip_norm_above") is not None
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -86,9 +96,10 @@ def resolve(given: dict[str, Any], device: str, optimizer_defaults: dict[str, di
     dtype = values.get("dtype", "fp32")
     defaults: dict[str, Any] = dict(
         size, text=(), optimizer=optimizer, lr=lr, weight_decay=rule.pop("weight_decay"), schedule="cosine",
-        warmup_steps=steps // 20, min_lr=lr / 10, clip=1.0, seed=0, dtype=dtype, compare="none",
+        warmup_steps=steps // 20, min_lr=lr / 10, clip=1.0, ema=0.0, seed=0, dtype=dtype, compare="none",
         amp="bf16" if gpu and dtype == "fp32" else "off",
-        val_interval=max(1, steps // 10), val_batches=8, checkpoint_interval=max(1, steps // 10), out=DEFAULT_OUT,
+        val_interval=max(1, steps // 10), val_batches=8, log_interval=10 if gpu else 1,
+        checkpoint_interval=max(1, steps // 10), out=DEFAULT_OUT,
     )  # fmt: skip
     optimizer_args = {**rule, **values.get("optimizer_args", {})}
     config = from_dict({**defaults, **values, "optimizer_args": optimizer_args, "device": device, "backend": backend})
@@ -110,7 +121,7 @@ def override(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
 def check(config: TrainConfig) -> None:
     """Raise BadInput for the first setting that cannot work."""
     counts = ("steps", "batch_size", "max_seq_len", "hidden_size", "num_layers", "num_heads")
-    for name in (*counts, "val_interval", "val_batches", "checkpoint_interval"):
+    for name in (*counts, "val_interval", "val_batches", "log_interval", "checkpoint_interval"):
         if getattr(config, name) < 1:
             raise BadInput(f"{option(name)} must be at least 1, not {getattr(config, name)}")
     for name in ("lr", "min_lr", "weight_decay", "clip"):
@@ -128,6 +139,8 @@ def check(config: TrainConfig) -> None:
         raise BadInput(f"--min-lr {config.min_lr} must not exceed --lr {config.lr}")
     if not 0.0 <= config.dropout < 1.0:
         raise BadInput(f"--dropout must be at least 0 and less than 1, not {config.dropout}")
+    if not 0.0 <= config.ema < 1.0:
+        raise BadInput(f"--ema must be at least 0 (off) and less than 1, such as 0.999, not {config.ema}")
     if config.hidden_size % config.num_heads:
         raise BadInput(f"--num-heads {config.num_heads} does not divide --hidden-size {config.hidden_size}")
     if config.hidden_size // config.num_heads % 2:

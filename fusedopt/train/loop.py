@@ -22,7 +22,11 @@ from .metrics import MetricsLog, read
 from .trainer import StepRecord, Trainer, largest_difference, milliseconds
 
 Rows = list[dict[str, Any]]
-STEPS_IN_FLIGHT = 10  # on a GPU: reading each loss at once would make the device wait for the host
+METRICS = (
+    "grad_norm", "clip_coefficient", "clipped_share", "param_norm", "update_norm", "update_ratio", "nonfinite_grads",
+    "nonfinite_steps", "skipped_steps", "loss_scale",
+)  # fmt: skip
+COUNTS = ("nonfinite_grads", "nonfinite_steps", "skipped_steps")
 
 
 class View(Protocol):
@@ -97,12 +101,13 @@ def _train(
         _write(log, view, _evaluate(trainers, [{"run": library, "step": 0} for library in trainers]))
     pending: list[tuple[str, StepRecord]] = []
     while step < config.steps and not stop.signal_number:
-        pending += [(library, trainer.step()) for library, trainer in trainers.items()]
         step += 1
         last = step == config.steps
         evaluate = last or step % config.val_interval == 0
+        read = evaluate or step % config.log_interval == 0
+        pending += [(library, trainer.step(measure=read)) for library, trainer in trainers.items()]
         save = last or step % config.checkpoint_interval == 0 or bool(stop.signal_number)
-        if config.device == "cpu" or evaluate or save or step % STEPS_IN_FLIGHT == 0:
+        if read or save:
             rows = _rows(pending, config)
             pending.clear()
             if evaluate or step == 1:
@@ -116,16 +121,17 @@ def _train(
 
 
 def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig) -> Rows:
-    """Rows of metrics.jsonl; waits for the device. Diverged when a loss or gradient norm is not finite."""
+    """Rows of metrics.jsonl; waits for the device. Diverged when a loss, or a norm nothing skips, is not finite."""
     if config.device != "cpu":
         torch.cuda.synchronize()
     rows = []
     for library, record in pending:
-        loss, grad_norm = float(record.loss), float(record.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        loss, metrics = float(record.loss), {name: float(value) for name, value in record.metrics.items()}
+        grad_norm = metrics.get("grad_norm", 0.0)
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or config.skips_steps):
+            norm = f", gradient norm {grad_norm}" if "grad_norm" in metrics else ""
             raise Diverged(
-                f"{library}: loss {loss}, gradient norm {grad_norm} at step {record.step}: try a lower --lr or more "
-                "--warmup-steps"
+                f"{library}: loss {loss}{norm} at step {record.step}: try a lower --lr or more --warmup-steps"
             )
         step_ms = milliseconds(record.step_marks)
         rows.append(
@@ -134,7 +140,7 @@ def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig) -> Rows:
                 "step": record.step,
                 "loss": loss,
                 "lr": record.lr,
-                "grad_norm": grad_norm,
+                **{name: _as_json(name, value) for name, value in metrics.items()},
                 "step_ms": round(step_ms, 4),
                 "optimizer_ms": round(milliseconds(record.optimizer_marks), 4),
                 "tokens_per_s": round(1e3 * config.batch_size * config.max_seq_len / step_ms),
@@ -143,10 +149,17 @@ def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig) -> Rows:
     return rows
 
 
+def _as_json(name: str, value: float) -> float | int | None:
+    """A metric as the file holds it: null when it is not finite, for which JSON has no number."""
+    if not math.isfinite(value):
+        return None
+    return int(value) if name in COUNTS else value
+
+
 def _evaluate(trainers: dict[str, Trainer], rows: Rows) -> Rows:
-    """Add the validation loss (and the parameter difference) to one row per trainer."""
+    """Add the validation losses (and the parameter difference) to one row per trainer."""
     for row in rows:
-        row["val_loss"] = trainers[row["run"]].evaluate()
+        row.update(trainers[row["run"]].evaluate())
     return _compare(trainers, rows)
 
 
@@ -165,17 +178,22 @@ def _write(log: MetricsLog, view: View, rows: Rows) -> None:
 
 
 def summarise(folder: Path, names: dict[str, str]) -> dict[str, Any]:
-    """The run so far, from metrics.jsonl, also written to summary.json. Times are medians in milliseconds."""
+    """The run so far, from metrics.jsonl, also written to summary.json. Times are medians in milliseconds; metrics are
+    those that were read last.
+    """
     rows = read(folder)
     summary: dict[str, Any] = {"step": max((row["step"] for row in rows), default=0), "runs": {}}
     for library, name in names.items():
         own = [row for row in rows if row["run"] == library]
         validation = [row["val_loss"] for row in own if "val_loss" in row]
+        averaged = [row["val_loss_ema"] for row in own if "val_loss_ema" in row]
         timed = [row for row in own if row["step"] > 1] or [row for row in own if row["step"] > 0]
         summary["runs"][library] = {
             "optimizer": name,
             "val_loss_first": validation[0] if validation else None,
             "val_loss_last": validation[-1] if validation else None,
+            "val_loss_ema_last": averaged[-1] if averaged else None,
+            "metrics": {name: row[name] for row in own for name in METRICS if name in row},
             "step_ms": statistics.median(row["step_ms"] for row in timed) if timed else None,
             "optimizer_ms": statistics.median(row["optimizer_ms"] for row in timed) if timed else None,
         }

@@ -26,7 +26,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "momentum": 0.9},
 }
 
-RESERVED = ("params", "lr", "weight_decay", "backend")  # arguments that the command sets itself
+METRICS = ("grad_norm", "update_ratio")
+
+# Arguments that the command sets itself.
+RESERVED = ("params", "lr", "weight_decay", "backend", "clip_grad_norm", "ema_decay", "ema_warmup", "metrics")
 
 
 def rule_name(name: str) -> str:
@@ -90,7 +93,11 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
     arguments = dict(config.optimizer_args, lr=config.lr)
     if library == "fusedopt":
         accepted.extend(fusedopt.Options.__annotations__)
-        arguments["backend"] = config.backend
+        arguments.update(backend=config.backend, metrics=_metrics(config, optimizer_class))
+        if config.clip > 0:
+            arguments["clip_grad_norm"] = config.clip
+        if config.ema > 0:
+            arguments.update(ema_decay=config.ema, ema_warmup=True)
     elif "fused" in accepted and not _fused_is_broken(config):
         arguments.setdefault("fused", True)
     for name in set(arguments) - set(accepted):
@@ -105,6 +112,15 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
         return optimizer_class(groups, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{class_name}: {error}") from error
+
+
+def _metrics(config: TrainConfig, optimizer_class: type[fusedopt.FusedOptimizer]) -> tuple[str, ...]:
+    """What the step measures: in a comparison only the norm that clipping needs anyway, so that step times compare;
+    for matrix rules, whose updates are not measured, the norm alone.
+    """
+    if config.compare == "torch":
+        return ()
+    return METRICS if optimizer_class.rule.kernel_part is None else ("grad_norm",)
 
 
 def _fused_is_broken(config: TrainConfig) -> bool:

@@ -84,8 +84,12 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
         _option("--batch-size", f"Sequences per step. {by_machine('batch_size')}", int),
         _option("--seed", "Seed of weights, data order and dropout. [0]", int),
         _option("--dtype", "Data type of the weights. [fp32]", _choice(*DTYPES)),
-        _option("--amp", "Autocast of the forward pass. [off; on a GPU bf16]", _choice("off", "bf16")),
-        _option("--clip", "Clip the gradient to this global norm; 0 = off. [1]", float, metavar="NORM"),
+        _option("--amp", "Autocast of the forward pass; fp16 with a dynamic loss scale (slow without a GPU). [off; on "
+                "a GPU bf16]", _choice("off", "bf16", "fp16")),
+        _option("--clip", "Clip the gradient to this global norm, in the optimizer's step; 0 = off. [1]", float,
+                metavar="NORM"),
+        _option("--ema", "Average the weights with this decay, in the optimizer's step, and validate the average too; "
+                "0 = off. It starts smaller. [0]", float, metavar="DECAY"),
         _option("--device", "Where to train. [auto: a GPU if there is one]", _choice("auto", "cpu", "cuda")),
     ],
     "Optimizer": [
@@ -100,7 +104,8 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
         _option("--backend", "auto: triton on a GPU, else eager. triton without a GPU runs the kernels in Triton's "
                 "interpreter. [auto]", _choice("auto", "eager", "triton")),
         _option("--compare", "Train the same seed with torch.optim's class as well; report parameter difference, "
-                "losses and step times. [none]", _choice("none", "torch")),
+                "losses and step times. Norms of weights and updates are not measured then. [none]",
+                _choice("none", "torch")),
     ],
     "Run": [
         _option("--out", f"Output folder. [{DEFAULT_OUT}]", metavar="FOLDER"),
@@ -111,6 +116,8 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
               "may too."),
         _option("--checkpoint-interval", "Steps between checkpoints. [steps / 10]", int, metavar="STEPS"),
         _option("--val-interval", "Steps between validations. [steps / 10]", int, metavar="STEPS"),
+        _option("--log-interval", "Steps between readings of loss and metrics. [1; on a GPU 10]", int,
+                metavar="STEPS"),
         _option("--val-batches", "Batches per validation. [8]", int),
     ],
 }  # fmt: skip

@@ -15,7 +15,7 @@ from .config import TrainConfig
 
 
 class ProgressView:
-    """Progress bar with loss, validation loss, lr, gradient norm and tokens/s of the newest step."""
+    """Progress bar with losses, lr, gradient norm and tokens/s of the newest step; under fp16 also the loss scale."""
 
     def __init__(self, console: Console, config: TrainConfig, step: int) -> None:
         self._console, self._config = console, config
@@ -28,7 +28,7 @@ class ProgressView:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=config.steps, completed=step, state="")
-        self._val_loss: float | None = None
+        self._known: dict[str, Any] = {}  # newest value of each column: not every row has all of them
         self._started = time.perf_counter()
 
     def __enter__(self) -> ProgressView:
@@ -48,24 +48,41 @@ class ProgressView:
     def update(self, rows: list[dict[str, Any]]) -> None:
         """Show the newest row of our run; print a line when it was evaluated."""
         ours = next(row for row in reversed(rows) if row["run"] == "fusedopt")
-        self._val_loss = ours.get("val_loss", self._val_loss)
-        self._progress.update(self._task, completed=ours["step"], state=self._state(ours))
+        for row in rows:
+            if row["run"] == "fusedopt":
+                self._known.update(row)
+        self._progress.update(self._task, completed=ours["step"], state=self._state())
         if "val_loss" in ours:
             width = len(str(self._config.steps))
-            line = f"step {ours['step']:>{width}}/{self._config.steps}  {self._state(ours)}"
+            line = f"step {ours['step']:>{width}}/{self._config.steps}  {self._state()}"
             other = next((row for row in reversed(rows) if row["run"] == "torch"), None)
             if other:
                 line += f"  torch val {other['val_loss']:.3f}  max |dp| {ours['largest_difference']:.1e}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _state(self, row: dict[str, Any]) -> str:
-        validation = "" if self._val_loss is None else f"val {self._val_loss:.3f}"
-        if "loss" not in row:
-            return validation
-        return (
-            f"loss {row['loss']:.3f} {validation} lr {row['lr']:.1e} grad {row['grad_norm']:.2f} "
-            f"{row['tokens_per_s']:,} tok/s"
-        )
+    def _state(self) -> str:
+        known = self._known
+        parts = [f"loss {known['loss']:.3f}"] if "loss" in known else []
+        parts += [f"val {known['val_loss']:.3f}"] if "val_loss" in known else []
+        parts += [f"ema {known['val_loss_ema']:.3f}"] if "val_loss_ema" in known else []
+        parts += [f"lr {known['lr']:.1e}"] if "lr" in known else []
+        if "grad_norm" in known:
+            parts.append("grad overflow" if known["grad_norm"] is None else f"grad {known['grad_norm']:.2f}")
+        parts += [f"scale {known['loss_scale']:g}"] if "loss_scale" in known else []
+        parts += [f"skipped {known['skipped_steps']}"] if known.get("skipped_steps") else []
+        parts += [f"{known['tokens_per_s']:,} tok/s"] if "tokens_per_s" in known else []
+        return " ".join(parts)
+
+
+def around(metrics: dict[str, Any]) -> list[str]:
+    """What clipping and overflows did to the steps of a run."""
+    lines = []
+    if metrics.get("clipped_share"):
+        lines.append(f"{metrics['clipped_share']:.0%} of the steps clipped")
+    if metrics.get("skipped_steps"):
+        n = metrics["skipped_steps"]
+        lines.append(f"{n} {'step' if n == 1 else 'steps'} skipped: gradients not finite, or too large")
+    return lines
 
 
 def report(console: Console, summary: dict[str, Any], folder: Path, seconds: float) -> None:
@@ -76,7 +93,10 @@ def report(console: Console, summary: dict[str, Any], folder: Path, seconds: flo
     for run in runs.values():
         if run["val_loss_first"] is not None:
             change = f"{run['val_loss_first']:.4f} -> {run['val_loss_last']:.4f}"
-            lines.append(f"{run['optimizer']}: validation loss {change} nats per byte")
+            average = run["val_loss_ema_last"]
+            averaged = "" if average is None else f"; with averaged weights {average:.4f}"
+            lines.append(f"{run['optimizer']}: validation loss {change} nats per byte{averaged}")
+        lines += [f"{run['optimizer']}: {line}" for line in around(run["metrics"])]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     if "parameter_difference" in summary:
         table = Table("", *(run["optimizer"] for run in runs.values()), title="comparison, same seed")
