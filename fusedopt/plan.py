@@ -109,7 +109,8 @@ class Plan:
 
     def _watch_gradients(self) -> None:
         grads: list[Any] = [s.param.grad for s in self.segments]
-        self.guard = _guard([*self.params, *grads])
+        self.resting = [s.param for s in self.idle]
+        self.guard = _guard([*self.params, *self.resting, *grads])
         for segment, grad in zip(self.segments, grads, strict=True):
             if not layout.same_layout(grad, segment.weight):
                 segment.grad_buffer = _grad_buffer(segment, grad)
@@ -150,7 +151,7 @@ class Plan:
         params = self.params
         grads = list(map(_grad, params))
         try:
-            if not self.guard.check(*params, *grads):
+            if not self.guard.check(*params, *self.resting, *grads):
                 return False
         except TypeError:  # a gradient went away
             return False

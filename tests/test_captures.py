@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compare import give_gradients, parameters, params_of
+from test_clip import grads_of
 from test_review import ApartTable
 from torch import Tensor
 
@@ -87,6 +88,7 @@ def fill(t: int, *optimizers: Any) -> None:
     """New gradients where the old ones are."""
     for optimizer in optimizers:
         for i, p in enumerate(params_of(optimizer)):
+            assert p.grad is not None
             p.grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + i)))
 
 
@@ -142,8 +144,8 @@ def test_tensors_and_the_loss_scale_are_live(graph: Graph, device: str, monkeypa
     captured, plain = pair(graph, device, lr=lr, clip_grad_norm=limit)
     captured.grad_scale, captured.found_inf = scale, found
     fill(1, captured, plain)
-    for p in params_of(captured):
-        p.grad.mul_(4.0)
+    for grad in grads_of(captured):
+        grad.mul_(4.0)
     capture(graph, captured.step)
     plain.step()
     graph.replay()
@@ -151,8 +153,8 @@ def test_tensors_and_the_loss_scale_are_live(graph: Graph, device: str, monkeypa
     for tensor, value in ((lr, 0.5), (limit, 0.25), (scale, 8.0)):
         tensor.fill_(value)
     fill(2, captured, plain)
-    for p in params_of(captured):
-        p.grad.mul_(8.0)
+    for grad in grads_of(captured):
+        grad.mul_(8.0)
     plain.step()
     graph.replay()
     assert same(captured, plain)

@@ -100,3 +100,28 @@ def test_flattened_parameters_hand_over_their_buffer(device: str, monkeypatch: p
         step()
         plain.step()
         assert all(torch.equal(p, q) for p, q in zip(ps, qs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of its own step too
+@pytest.mark.filterwarnings("ignore:the compiler gave")
+@pytest.mark.parametrize("options", [{}, dict(clip_grad_norm=0.5, ema_decay=0.9, metrics=("update_ratio",))], ids=str)
+def test_a_compiled_train_step_breaks_no_graph_that_torchs_does_not(options: dict[str, Any], device: str) -> None:
+    breaks = []
+    for cls, chosen in ((torch.optim.AdamW, {}), (fusedopt.AdamW, options)):
+        torch._dynamo.reset()
+        counters.clear()
+        model = torch.nn.Linear(5, 3, device=device)
+        optimizer: Any = cls(model.parameters(), **chosen)
+
+        def train_step(x: torch.Tensor, model: Any = model, optimizer: Any = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        step = torch.compile(train_step, backend="aot_eager")
+        for _ in range(3):
+            step(torch.ones(2, 5, device=device))
+        breaks.append(sum(counters["graph_break"].values()))
+    assert breaks[1] <= breaks[0]
