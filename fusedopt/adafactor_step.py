@@ -48,7 +48,7 @@ def _with_eps(group: GroupOptions, dtype: torch.dtype) -> dict[str, Any]:
 
 def split(segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> tuple[list[Segment], list[Segment]]:
     """(matrices, vectors and scalars); see `check_segments` for what is refused."""
-    check_segments("Adafactor", groups, segments)
+    check_segments("Adafactor", segments)
     return [s for s in segments if s.param.dim() > 1], [s for s in segments if s.param.dim() <= 1]
 
 

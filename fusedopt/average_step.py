@@ -23,6 +23,8 @@ from .values import Program, Tape, Values, scalar_type
 class AverageTables(DeviceTables):
     """Tables and launches for segments of one device, whatever their rules."""
 
+    measures = False
+
     def __init__(self, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
         super().__init__(groups[segments[0].group].rule, segments, groups, shared)
         touched = [[t for t in (s.weight, s.residual, s.ema) if t is not None] for s in segments]

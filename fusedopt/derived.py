@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .groups import GroupOptions
-from .options import KEY
+from .options import KEY, MATRIX
 from .plan import Segment
 from .rule import Rule
 
@@ -19,7 +19,6 @@ BEFORE = {
 """Options that concern gradients and state."""
 AFTER = {"weights", "cautious_decay", "decay_mode", "lr_initial"}
 """Options that concern parameters."""
-KNOWN = {"version", "ema_decay", "ema_warmup"} | BEFORE | AFTER
 
 Make = Callable[[GroupOptions, Any], dict[str, Any]]
 """(group of the plan, key) → group of the part."""
@@ -56,25 +55,20 @@ class DerivedGroups:
         return made
 
 
-def values(group: GroupOptions, options: Container[str] = KNOWN) -> dict[str, Any]:
+def values(group: GroupOptions, options: Container[str] = MATRIX) -> dict[str, Any]:
     """Keys and values of a group, with no parameters and only some of our options."""
     kept = {name: value for name, value in group.options.items() if name in options}
     return {**dict(zip(group.keys, group.values, strict=True)), "params": [], KEY: kept}
 
 
-def check_segments(name: str, groups: Sequence[GroupOptions], segments: Sequence[Segment]) -> None:
+def check_segments(name: str, segments: Sequence[Segment]) -> None:
     """Refuse what a matrix rule cannot follow.
 
     Raises:
-        ValueError: an option that is not among `KNOWN`.
         RuntimeError: complex parameters.
     """
-    for s in segments:
-        if s.param.is_complex():
-            raise RuntimeError(f"{name} does not support complex parameters")
-        for option in groups[s.group].options:
-            if option not in KNOWN:
-                raise ValueError(f"{name} does not support {option!r} (param_groups[{s.group}]); leave it out")
+    if any(s.param.is_complex() for s in segments):
+        raise RuntimeError(f"{name} does not support complex parameters")
 
 
 class DerivedSegment(Segment):

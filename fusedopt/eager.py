@@ -62,7 +62,8 @@ class EagerStep:
     def report(self) -> Report:
         """What the last step measured."""
         params = [s.param for s in self.segments]
-        return of_numbers(params, self._step, self._clips, self._norms, self._change, self._kind)
+        norm, clips = (self._step.norm, self._clips) if self._step.with_norm else (None, None)
+        return of_numbers(params, norm, clips, self._norms, self._change, self._kind)
 
     def totals(self, grads: list[Tensor], kind: int) -> Sums:
         """Sums over this part's gradients; ``grads`` are those of the whole plan, by segment position."""
@@ -129,7 +130,7 @@ class EagerStep:
         """Renew the running counts: see ``table.py``."""
         if self.tally is not None:
             step = self._step
-            clipped = not step.skip and min(self._clips, default=1.0) < 1.0
+            clipped = not step.skip and any(clip < 1.0 for clip in self._clips)
             self.tally += torch.tensor([1, clipped, step.skip, step.bad], dtype=torch.float64)
 
     # ------------------------------------------------------------------------------------------------- scalars

@@ -26,7 +26,7 @@ class MuonEager:
         metrics: Metrics,
     ) -> None:  # fmt: skip
         self.work = Directions(rules, segments, groups)
-        self.momentum = EagerStep(rules[0], self.work.first, self.work.before.list, metrics)
+        self.momentum = EagerStep(rules[0], self.work.first, self.work.before.list, Metrics(()))
         for ports, s, view in zip(self.momentum.ports, segments, self.work.views, strict=True):
             ports[0] = _ScratchPort(view, compute_type(s.weight.dtype))
         self.apply = EagerStep(rules[1], self.work.second, self.work.after.list, metrics)
@@ -37,7 +37,7 @@ class MuonEager:
 
     def report(self) -> Report:
         """What the last step measured."""
-        return self.momentum.report()
+        return self.momentum.report()._replace(change=self.apply.report().change)
 
     @property
     def skipped(self) -> bool:

@@ -89,7 +89,7 @@ class Directions:
     """
 
     def __init__(self, rules: tuple[Rule, Rule], segments: Sequence[Segment], groups: Sequence[GroupOptions]) -> None:
-        check_segments("Muon", groups, segments)
+        check_segments("Muon", segments)
         if any(s.param.dim() != 2 for s in segments):
             raise ValueError("Muon only updates 2D parameters; a framework may have flattened them after construction")
         self.groups = groups
@@ -213,7 +213,7 @@ class MuonTables:
 
     def report(self) -> Report:
         """What the last step measured."""
-        return self.momentum.report()
+        return self.momentum.report()._replace(change=self.apply.report().change)
 
     @property
     def header(self) -> Tensor:
@@ -245,6 +245,8 @@ class MuonTables:
 
 class _DirectionTables(DeviceTables):
     """Tables of pass 1: what would be the new parameter goes to scratch memory."""
+
+    measures = False
 
     def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
         return replace(super()._update_variant(key), weight=scratch.codec())

@@ -60,6 +60,7 @@ class FusedOptimizer(Stepper):
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
+            self._metrics.check(self.rule_of(whole))
             for name in options.DEFAULTS:
                 param_group.pop(name, None)
             if chosen:

@@ -136,6 +136,8 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
             raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
         if name in NUMBERS and value is not None:
             _check_limit(name, value)
+    if rule.kernel_part is not None and (beyond := [name for name in options if name not in MATRIX]):
+        raise ValueError(f"{rule.name} does not support {beyond[0]!r}; leave it out of its groups")
     if options.get("cautious") and (rule.n_norms or not rule.cautious):
         why = "its step is scaled by norms of all of it" if rule.n_norms else "its step does not follow the gradient"
         raise ValueError(f"cautious=True is not defined for {rule.name}: {why}; leave it out")
@@ -165,6 +167,11 @@ CHOICES = {
     "clip_norm_type": (1.0, 2.0, float("inf")), "clip_scope": ("global", "tensor"),
     "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy"),
 }  # fmt: skip
+MATRIX = {
+    "version", "lr_initial", "weights", "state_dtype", "clip_grad_norm", "clip_norm_type", "clip_scope",
+    "clip_grad_value", "skip_nonfinite", "skip_norm_above", "ema_decay", "ema_warmup", "cautious_decay", "decay_mode",
+}  # fmt: skip
+"""What matrix rules follow."""
 ENGINE_KEYS = {"version", "lr_initial", "weights", "state_dtype"}
 """What else stands under the key."""
 NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "ema_decay", "l1")

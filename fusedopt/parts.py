@@ -58,11 +58,7 @@ class Parts:
             if not (ordinary and kernels) and (averaged := [s for s in own if s.ema is not None]):
                 apart.setdefault(device, []).extend(averaged)
                 own = [without_average(s) for s in own]
-            if self.shared.metrics.change and not ordinary:
-                raise RuntimeError(
-                    f"metrics {', '.join(self.shared.metrics.names)}: norms of parameters and updates are not measured "
-                    f"under {rule.name}{' with sparse gradients' if is_sparse else ''}; leave them out"
-                )
+            self.shared.metrics.check(rule, is_sparse)
             if kernels:
                 kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
                 made = kind(rule, own, plan.groups, self.shared)

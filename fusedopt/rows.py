@@ -22,7 +22,12 @@ from .upload import DeviceTable, capturing, reserve
 
 
 class Rows:
-    """Tables of some segments that live on one device and follow one rule."""
+    """Tables of some segments that live on one device and follow one rule.
+
+    measures: its update changes parameters, whose norms may be wanted.
+    """
+
+    measures = True
 
     def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
         self.rule, self.segments, self.groups, self.launcher = rule, segments, groups, shared.launcher
@@ -41,7 +46,7 @@ class Rows:
         self._misaligned: np.ndarray | None = None  # None: the rows were never uploaded
         self._conditions: Conditions | None = None
         # (sum of squares of weights, of their change) by chunk
-        self.change: Tensor | None = torch.empty(0) if shared.metrics.change else None
+        self.change: Tensor | None = torch.empty(0) if self.measures and shared.metrics.change else None
         self.use = launch.NormUse()
         self._fill_rows()
         self._fill_header()
@@ -149,18 +154,18 @@ class Rows:
 
     def report(self) -> Report:
         """What the last step measured."""
-        header = self.header.clone()
         scalars = self.scalars.view(-1, table.SCALAR_WIDTH.value).clone()
-        with_norm, change = self.use.with_norm, None
+        with_norm = self._conditions is not None and self._conditions.norm_mode != table.NO_NORM.value
+        change = None
         if self.change is not None:
-            counts = torch.from_numpy(self.rows.array[:, table.MEASURE_COUNT.value].copy()).to(self.device)
-            change = torch.segment_reduce(self.change[: self.n_chunks], "sum", lengths=counts, axis=0, initial=0.0)
+            counts = self.rows.tensor[:, table.MEASURE_COUNT.value]
+            change = torch.segment_reduce(  # unsafe: its checks would wait for the device
+                self.change[: self.n_chunks], "sum", lengths=counts, axis=0, initial=0.0, unsafe=True
+            )
         return Report(
             [s.param for s in self.segments],
-            header[table.NORM.value] if with_norm else None,
+            self.header[table.NORM.value].clone() if with_norm else None,
             self.use.kind,
-            header[table.SKIPPED.value],
-            header[table.LOWEST_CLIP.value],
             scalars[:, table.GRADIENT_NORM.value] if self.use.own else None,
             scalars[:, table.CLIP.value] if with_norm else None,
             change,

@@ -61,7 +61,7 @@ class Slot:
             raise ValueError(
                 f"slot {self.name!r}: kind must be signed, nonnegative, weight or scalar, got {self.kind!r}"
             )
-        if self.name in ("step", "update_mask", "param_residual"):
+        if self.name in ("step", "update_mask", "param_residual", "ema", "ema_step"):
             raise ValueError(f"slot {self.name!r}: the engine keeps something else under this name; choose another")
 
 
@@ -76,6 +76,7 @@ class Rule:
     decoupled_key: the group key that does so, where its authors named it otherwise.
     counts_in_state: whether torch keeps ``step`` in this rule's state.
     grad_norm: whether ``scalars`` takes the norm of the parameter's gradient.
+    measures: whether norms of parameters and updates can be measured (metrics).
     cautious: whether the descent is a step against the gradient, so that a cautious mask has a meaning.
     kernel_part, eager_part: for matrix rules, the classes that run their steps in the place of `DeviceTables` and
     `EagerStep`, or functions that return lists of such. small: where kernels depend on the shape, that of a small
@@ -103,6 +104,7 @@ class Rule:
     measure_eager: Callable[..., Any] | None = None
     grad_norm: bool = False
     cautious: bool = True
+    measures: bool = True
     sparse: Literal["rows", "only", "lazy"] | None = None
     moves_all: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)

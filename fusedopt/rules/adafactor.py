@@ -171,6 +171,7 @@ RULE = replace(
     VECTORS,
     name="adafactor",
     hyper=("beta2_decay", "eps.0", "eps.1", "d"),
+    measures=False,
     kernel_part=partial(adafactor_step.parts, (MATRICES, VECTORS)),
     eager_part=partial(adafactor_eager.parts, (MATRICES, VECTORS)),
     small=adafactor_step.small,

@@ -120,7 +120,7 @@ def _metrics(config: TrainConfig, optimizer_class: type[fusedopt.FusedOptimizer]
     """
     if config.compare == "torch":
         return ()
-    return METRICS if optimizer_class.rule.kernel_part is None else ("grad_norm",)
+    return METRICS if optimizer_class.rule.measures else ("grad_norm",)
 
 
 def _fused_is_broken(config: TrainConfig) -> bool:

@@ -123,7 +123,7 @@ def _segments(
         share = clip(clipped, hyper_of(hypers, addresses, group, CLIP_NORM, mask))
         coefficient = inverse * share
         tl.store(out + CLIP, share, mask=mask)
-    lowest = tl.min(tl.where(mask, share, 1.0))
+    lowest = tl.min(tl.where(mask & (share < 1.0), share, 1.0))  # of NaN the device and the interpreter differ
     hyper = (lr, weight_decay)
     for i in tl.static_range(N_HYPERS):
         hyper = hyper + (hyper_of(hypers, addresses, group, RULE_HYPERS + i, mask),)
