@@ -116,7 +116,7 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
 
 def _metrics(config: TrainConfig, optimizer_class: type[fusedopt.FusedOptimizer]) -> tuple[str, ...]:
     """What the step measures: in a comparison only the norm that clipping needs anyway, so that step times compare;
-    for matrix rules, whose updates are not measured, the norm alone.
+    for rules whose updates are not measured (Adafactor) the norm alone.
     """
     if config.compare == "torch":
         return ()
