@@ -51,10 +51,10 @@ def _tensors(optimizer: "FusedOptimizer") -> tuple[list[Tensor], list[Tensor], l
 
 
 # A CUDA graph made by the compiler would keep the float hyper-parameters of the step that it recorded.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"), tags=_TAGS)
+@torch.library.custom_op("fusedopt::step", mutates_args=("params", "states"), tags=TAGS)
 def _step_op(params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int) -> None:
     optimizer = _optimizers[handle]
     own_params, own_grads, own_states = _tensors(optimizer)

@@ -53,7 +53,7 @@ class Parts:
             for s in segments:
                 members.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
         for (device, rule, is_sparse), own in members.items():
-            kernels = _runs_kernels(device, self.backend, self.shared.launcher)
+            kernels = runs_kernels(device, self.backend, self.shared.launcher)
             ordinary = not is_sparse and rule.kernel_part is None
             if not (ordinary and kernels) and (averaged := [s for s in own if s.ema is not None]):
                 apart.setdefault(device, []).extend(averaged)
@@ -69,7 +69,7 @@ class Parts:
         for s in plan.idle:
             apart.setdefault(s.weight.device, []).append(s)
         for device, own in apart.items():
-            if _runs_kernels(device, self.backend, self.shared.launcher):
+            if runs_kernels(device, self.backend, self.shared.launcher):
                 self.averages.append(AverageTables(own, plan.groups, self.shared))
             else:
                 self.averages.append(EagerAverages(own, plan.groups))
@@ -155,7 +155,7 @@ class Parts:
         return (torch.as_tensor(found, device=device).reshape(1) != 0).double()
 
 
-def _runs_kernels(device: torch.device, backend: str, launcher: launch.Launcher) -> bool:
+def runs_kernels(device: torch.device, backend: str, launcher: launch.Launcher) -> bool:
     if device.type == "cpu" and backend == "triton" and not launcher.accepts_cpu:
         raise RuntimeError(
             "backend='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 in the environment "

@@ -110,7 +110,7 @@ class Plan:
     def _watch_gradients(self) -> None:
         grads: list[Any] = [s.param.grad for s in self.segments]
         self.resting = [s.param for s in self.idle]
-        self.guard = _guard([*self.params, *self.resting, *grads])
+        self.guard = guard_of([*self.params, *self.resting, *grads])
         for segment, grad in zip(self.segments, grads, strict=True):
             if not layout.same_layout(grad, segment.weight):
                 segment.grad_buffer = _grad_buffer(segment, grad)
@@ -193,7 +193,7 @@ class Plan:
 
 
 class AttributeGuard:
-    """`_guard`'s check in Python, for a torch without the C++ one."""
+    """`guard_of`'s check in Python, for a torch without the C++ one."""
 
     _pick = attrgetter("dtype", "device", "layout", "shape")
 
@@ -211,7 +211,7 @@ class AttributeGuard:
             return False
 
 
-def _guard(tensors: Sequence[Tensor]) -> Any:
+def guard_of(tensors: Sequence[Tensor]) -> Any:
     """What ``check(*tensors)`` finds unchanged: type, dtype, device, layout, shape, strides, lazy bits.
 
     torch.compile's own guard: one C++ call, about a third of the time of asking each tensor from Python.

@@ -207,7 +207,7 @@ def test_a_plan_keeps_no_parameter_alive_that_left(row: RuleRow, device: str) ->
     assert gone() is None
 
 
-@pytest.mark.parametrize("guard", [plan_module._guard, plan_module.AttributeGuard])
+@pytest.mark.parametrize("guard", [plan_module.guard_of, plan_module.AttributeGuard])
 def test_both_guards_see_the_same_changes(guard: Any) -> None:
     """The fast guard is torch-private; the one in Python stands in where it is missing."""
     tensors = [torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(4, dtype=torch.complex64)]
