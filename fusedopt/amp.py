@@ -1,6 +1,6 @@
 """`GradScaler`: torch's dynamic loss scaling, with the search for overflows left to the step's own norm pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         users, flags = getattr(optimizer, "grad_scale", None), state["found_inf_per_device"]
         result = None
-        if state["stage"] is OptState.READY:
+        if state["stage"] is OptState.READY and any(p.grad is not None for p in _params(optimizer)):
             scale = self._scale if users is None else self._scale * users
             given = {"grad_scale": scale, "found_inf": None, "_check_nonfinite": True}
             result = _step(optimizer, given, args, kwargs)
@@ -51,6 +51,10 @@ class GradScaler(torch.amp.GradScaler):
             raise AssertionError("No inf checks were recorded for this optimizer.")
         state["stage"] = OptState.STEPPED
         return result
+
+
+def _params(optimizer: FusedOptimizer) -> Iterator[torch.Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _step(optimizer: FusedOptimizer, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt_kernels.numerics import compute_type
+from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE, compute_type
 from fusedopt_kernels.param import split16
 
 from .groups import GroupOptions
@@ -51,6 +51,8 @@ def init_ema(optimizer: "Stepper", segment: "Segment") -> None:
     residual = state.get("param_residual") if group.get(KEY, {}).get("weights") else None
     if residual is not None:  # a parameter without a gradient has not been given it yet
         segment.residual = _fit("param_residual", residual, segment.weight, (torch.int16,))
+    if have is not None and have.dtype != dtype and have.dtype in (*FLOAT_TYPES, *REAL_TYPE):
+        have = have.to(dtype)  # the parameter changed its dtype (`model.double()`)
     if have is None:
         value = p.detach() if segment.residual is None else split16.join_eager(p.detach(), segment.residual)
         have = torch.empty_like(segment.weight.detach(), dtype=dtype).copy_(value)
@@ -89,7 +91,8 @@ def ema_parameters(optimizer: "Stepper") -> list[Tensor]:
     found = []
     with torch.inference_mode(False), torch.no_grad():
         for index, p in _averaged(optimizer):
-            if optimizer.state[p].get(EMA) is None:
+            have = optimizer.state[p].get(EMA)
+            if have is None or have.shape != p.shape:
                 init_ema(optimizer, Segment(p, index, 0))
             found.append(optimizer.state[p][EMA])
     return found

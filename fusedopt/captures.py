@@ -24,6 +24,11 @@ def capture(optimizer: "Stepper", grads: list[Tensor] | None, given: dict[int, A
     Raises:
         RuntimeError: something that a replay would not see change, or cannot do; says what to do instead.
     """
+    if optimizer._source is not None:
+        raise RuntimeError(
+            "norm_at_backward does not work inside a CUDA graph, whose replays would not check what became of the "
+            "gradients after their hooks: leave the option out of an optimizer whose step is captured"
+        )
     try:
         plan = optimizer._build()
         parts = optimizer._parts
@@ -62,6 +67,8 @@ def refresh(optimizer: "Stepper") -> None:
     for plan, parts in optimizer._captures:
         same = len(plan.groups) == len(optimizer.param_groups)
         if not same or (changed := plan.changed_groups(optimizer)) is None:
+            if parts is not optimizer._captures[-1][1]:
+                continue  # captured again since
             raise RuntimeError(
                 "an option changed that a captured step cannot follow (a flag, a group, an option switched on or off): "
                 "capture the step again"

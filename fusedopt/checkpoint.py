@@ -5,6 +5,7 @@ it was saved with and only moves to the parameter's device. Options that torch d
 ``"fusedopt"``, which exists only when a group uses one; it carries the version of this format.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,13 @@ def load(
     def hide(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_version(loaded)
         groups = [dict(group) for group in loaded["param_groups"]]
-        for group, options in zip(groups, live, strict=False):
+        for index, (group, options) in enumerate(zip(groups, live, strict=False)):
+            if gone := (options or {}).keys() - group.get(KEY, options or {}).keys():
+                warnings.warn(
+                    f"param_groups[{index}] takes its options from the file, as it takes its lr: not set there and off "
+                    f"now are {', '.join(sorted(gone))}; to keep them set them in the group's 'fusedopt' after loading",
+                    stacklevel=4,
+                )
             if options is not None and KEY not in group:
                 group[KEY] = dict(options)
                 if "lr_initial" in options:  # that of the run that is loaded

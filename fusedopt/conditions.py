@@ -15,6 +15,8 @@ from .groups import NEVER_SKIPS, GroupOptions
 from .norm import Sums, norm_of
 from .rule import Rule
 
+_TOTALS = table.TOTAL_SQUARE.value, table.TOTAL_BAD.value, table.TOTAL_NORM.value
+
 
 class Conditions:
     """What one step is given, and what the groups agree on; columns as in ``table.py``, floats or tensors.
@@ -37,9 +39,10 @@ class Conditions:
         """
         given = given or {}
         asked = [group for group in groups if group.wants_norm]
-        if any(group.step_numbers != asked[0].step_numbers for group in asked):
+        if any(not _agree(group.step_numbers, asked[0].step_numbers) for group in asked):
             raise ValueError(
-                "skip_nonfinite and skip_norm_above decide on the whole step: give every param_group the same values"
+                "skip_nonfinite and skip_norm_above decide on the whole step: give every param_group the same values "
+                "(of tensors, the same object)"
             )
         kinds = {group.norm_kind for group in asked} or {table.NORM_TWO.value}
         if len(kinds) > 1:
@@ -49,7 +52,7 @@ class Conditions:
             raise ValueError(f"{taken[0]} takes the 2-norm of gradients: leave clip_norm_type at 2.0")
         self.agreed: dict[int, Any] = asked[0].step_numbers if asked else NEVER_SKIPS
         self.numbers: dict[int, Any] = {
-            table.GRAD_SCALE.value: 1.0, table.FOUND_INF.value: 0.0, table.CHECK.value: 0.0,
+            **dict.fromkeys((table.FOUND_INF.value, table.CHECK.value, *_TOTALS), 0.0), table.GRAD_SCALE.value: 1.0,
             **{column: x for column, x in given.items() if x is not None},
         }  # fmt: skip
         self.wants_norm = bool(asked) or measured[0] or table.CHECK.value in given
@@ -85,6 +88,12 @@ class Conditions:
     def on(self, device: torch.device) -> "Conditions":
         """The same for parts on a device."""
         return self._on.get(device, self)
+
+
+def _agree(a: dict[int, Any], b: dict[int, Any]) -> bool:
+    """Equal floats, or the same tensors: what those hold is not looked at."""
+    pairs = [(x, b[column]) for column, x in a.items()]
+    return all(x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y) for x, y in pairs)
 
 
 class StepNumbers(NamedTuple):

@@ -15,7 +15,7 @@ from .blocks import Lane, Port, Task, Workers, as_array, as_tensor, tasks_of
 from .conditions import Conditions, StepNumbers
 from .groups import GroupOptions
 from .metrics import Metrics, Report, of_numbers
-from .norm import Sums, clip_coefficient, eager_sums, norm_of, square_sum
+from .norm import Blocks, Sums, clip_coefficient, eager_blocks, joined, norm_of, square_sum
 from .plan import Segment
 from .rule import Rule
 from .tables import transforms
@@ -25,7 +25,12 @@ Scalars = tuple[Any, ...]
 
 
 class EagerStep:
-    """Runs the segments of one device with eager twins."""
+    """Runs the segments of one device with eager twins.
+
+    blocks: sums over this part's gradients, by segment; summed: they are this step's already, see ``source.py``.
+    """
+
+    summed = False
 
     def __init__(
         self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
@@ -36,6 +41,7 @@ class EagerStep:
         self.workers = Workers(max(lengths), segments[0].weight.device)
         self.ports = [_ports(s) for s in segments]
         self._sums = Sums(0.0, 0.0, [])
+        self.blocks: list[Blocks] = []
         self._scaled = False
         self._step = StepNumbers(1.0, 0.0, False, False, False)
         self._clips: list[float] = []
@@ -57,7 +63,7 @@ class EagerStep:
     @property
     def found(self) -> Tensor:
         """Whether a gradient of the last step held inf or NaN: 1.0 or 0.0, 0-dim fp32."""
-        return torch.tensor(float(self._step.bad), dtype=torch.float32)
+        return torch.tensor(float(self._step.bad), dtype=torch.float32, device="cpu")
 
     def report(self) -> Report:
         """What the last step measured."""
@@ -68,7 +74,9 @@ class EagerStep:
     def totals(self, grads: list[Tensor], kind: int) -> Sums:
         """Sums over this part's gradients; ``grads`` are those of the whole plan, by segment position."""
         with np.errstate(all="ignore"):
-            self._sums = eager_sums([grads[s.position] for s in self.segments], self.workers, kind)
+            if not self.summed:
+                self.blocks = eager_blocks([grads[s.position] for s in self.segments], self.workers, kind)
+            self._sums = joined(self.blocks, kind)
         return self._sums
 
     def run(self, grads: list[Tensor], conditions: Conditions) -> None:
@@ -87,6 +95,7 @@ class EagerStep:
             self._clips = [self._clip(s, step, norm) for s, norm in zip(self.segments, each, strict=True)]
             self._count()
             if step.skip:
+                self.measure_unchanged()
                 return
             self._scalars.clear()
             self._programs.clear()
@@ -126,12 +135,27 @@ class EagerStep:
                 sums[task.index] = [a + b for a, b in zip(sums[task.index], changes[task], strict=True)]
             self._change = sums
 
+    def measure_unchanged(self) -> None:
+        """Squares of the weights in a skipped step; their change is 0."""
+        if self._change is None:
+            return
+        squares: dict[Task, float] = {}
+
+        def measure(task: Task, lane: Lane) -> None:
+            squares[task] = square_sum(self.ports[task.index][0].load(task.low, task.high, lane), lane)
+
+        self.workers.run(measure, self.tasks)
+        sums = [0.0] * len(self.segments)
+        for task in self.tasks:
+            sums[task.index] += squares[task]
+        self._change = [[x, 0.0] for x in sums]
+
     def _count(self) -> None:
         """Renew the running counts: see ``table.py``."""
         if self.tally is not None:
             step = self._step
             clipped = not step.skip and any(clip < 1.0 for clip in self._clips)
-            self.tally += torch.tensor([1, clipped, step.skip, step.bad], dtype=torch.float64)
+            self.tally += torch.tensor([1, clipped, step.skip, step.bad], dtype=torch.float64, device="cpu")
 
     # ------------------------------------------------------------------------------------------------- scalars
     def _clip(self, segment: Segment, step: StepNumbers, norm: float) -> float:

@@ -139,7 +139,7 @@ class _Home:
             return
         if self.fits(p, grad.dtype):
             view.copy_(grad)
-            p.grad = view.detach()  # an object of its own: `p.grad.data = …` leaves the place alone
+            p.grad = view.data  # an object of its own, with a version of its own
         else:
             self.view = None  # the parameter was moved or cast since: free the place
 

@@ -51,7 +51,8 @@ class GroupOptions:
         self.clips_alone = clips and self.options.get("clip_scope") == "tensor"
         self.averaged = self.options.get("ema_decay") is not None
         self.norm_kind = KINDS[self.options.get("clip_norm_type", 2.0)]
-        self.uses_total = self.wants_norm and not (self.clips_alone and self.step_numbers == NEVER_SKIPS)
+        skips = self.options.get("skip_nonfinite", False) or self.options.get("skip_norm_above") is not None
+        self.uses_total = self.wants_norm and (skips or not self.clips_alone)
         self.cautious = bool(self.options.get("cautious", False))
         self.cautious_decay = bool(self.options.get("cautious_decay", False))
         # what may change without becoming another object: numbers in CPU memory (a GPU's plan has copies), containers

@@ -4,7 +4,7 @@ Nothing is read back from the device. A step leaves norms in its tables; sums ov
 request.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,12 +32,13 @@ class Metrics:
         """Raises:
         TypeError: one string instead of a sequence. ValueError: a name that is not in `NAMES`.
         """
-        if isinstance(names, str):
-            raise TypeError(f"metrics must be a sequence of names, such as ({names!r},)")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"metrics must be a sequence of names, such as ('grad_norm',), got {names!r}")
+        names = tuple(names)
         for name in names:
             if name not in NAMES:
                 raise ValueError(f"metrics: {name!r} is not known; choose from {', '.join(NAMES)}")
-        self.names = tuple(names)
+        self.names = names
         self.norm = bool({"grad_norm", "nonfinite_grads", "nonfinite_steps"} & set(names))
         self.single = bool({"grad_norm", "nonfinite_grads"} & set(names))
         self.change = bool(CHANGE & set(names))
@@ -99,11 +100,11 @@ def collect(optimizer: "Stepper", per: str) -> dict[str, Tensor]:
     asked = optimizer._metrics.names
     rows = _Rows.of(reports, "clip_coefficient" in asked)
     if per == "model":
-        out = rows.summary()
-        if reports and (norm := reports[0].norm) is not None:
+        out, norm = rows.summary(), reports[0].norm if reports else None
+        if norm is not None:
             out["grad_norm"] = norm
-        with_norm = "grad_norm" in out
-        return {**out, **_running(list(optimizer._shared.tallies.values()), with_norm, "clipped_share" in asked)}
+        tallies = list(optimizer._shared.tallies.values())
+        return {**out, **_running(tallies, norm is not None, "clipped_share" in asked)}
     places = {p: place for place, p in enumerate(p for report in reports for p in report.params)}
     if per == "group":
         members = [[places[p] for p in group["params"] if p in places] for group in optimizer.param_groups]
@@ -171,7 +172,7 @@ class _Rows(NamedTuple):
         out: dict[str, Tensor] = {}
         if self.own is not None:
             out["grad_norm"] = _norm(self.own, self.kind)
-            out["nonfinite_grads"] = (~torch.isfinite(self.own)).sum(0).double()
+            out["nonfinite_grads"] = (~torch.isfinite(self.own)).sum(0, dtype=torch.float64)
         if self.clip is not None:
             out["clip_coefficient"] = self.clip.amin(0)
         if self.change is not None:
@@ -200,6 +201,6 @@ def of_numbers(
     """A report from Python numbers, those of eager twins."""
 
     def tensor(x: Any) -> Tensor | None:
-        return None if x is None else torch.tensor(x, dtype=torch.float64)
+        return None if x is None else torch.tensor(x, dtype=torch.float64, device="cpu")
 
     return Report(params, tensor(norm), kind, tensor(own), tensor(clips), tensor(change))

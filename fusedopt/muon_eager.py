@@ -68,6 +68,8 @@ class MuonEager:
         if not self.momentum.skipped:
             self.work.orthogonalise()
             self.apply.run(self.work.views, Conditions(()))
+        else:
+            self.apply.measure_unchanged()
 
 
 class _ScratchPort(Port):

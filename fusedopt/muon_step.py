@@ -203,6 +203,11 @@ class MuonTables:
         self.momentum.set_conditions(conditions)
         self.apply.set_conditions(self._after[self.momentum.use.with_norm or self.momentum.use.scaled])
 
+    @property
+    def staging(self) -> int:
+        """Bytes of pinned memory that uploads of all tables take."""
+        return self.momentum.staging + self.apply.staging
+
     def set_agreed(self, conditions: Conditions) -> None:
         """Take what the groups agree on."""
         self.momentum.set_agreed(conditions)

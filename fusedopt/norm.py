@@ -50,8 +50,15 @@ class Sums(NamedTuple):
     own: list[float]
 
 
-def eager_sums(grads: Sequence[Tensor], workers: Workers, kind: int = table.NORM_TWO.value) -> Sums:
-    """Sums in fp64, block after block; the norms agree with the kernels' within one ulp."""
+class Blocks(NamedTuple):
+    """Of one gradient: what its blocks sum up to, and whether all elements are finite."""
+
+    sums: list[float]
+    finite: bool
+
+
+def eager_blocks(grads: Sequence[Tensor], workers: Workers, kind: int) -> list[Blocks]:
+    """Sums in fp64 of every block of some gradients."""
     flats = [layout.flat(g) for g in grads]
     ports = [Port(g, torch.float64 if g.dtype == torch.float64 else torch.float32) for g in flats]
     tasks = tasks_of([g.numel() for g in flats])
@@ -65,11 +72,25 @@ def eager_sums(grads: Sequence[Tensor], workers: Workers, kind: int = table.NORM
         finite[task] = math.isfinite(sums[task]) or bool(torch.isfinite(flats[index][low:high]).all())
 
     workers.run(block, tasks)
-    total, own = 0.0, [0.0] * len(flats)
+    own: list[list[Task]] = [[] for _ in flats]
     for task in tasks:
-        total = join(total, sums[task], kind)
-        own[task.index] = join(own[task.index], sums[task], kind)
-    return Sums(total, float(not all(finite.values())), own)
+        own[task.index].append(task)
+    return [Blocks([sums[task] for task in few], all(finite[task] for task in few)) for few in own]
+
+
+def joined(blocks: Sequence[Blocks], kind: int) -> Sums:
+    """Block after block."""
+    total, own = 0.0, [0.0] * len(blocks)
+    for index, (sums, _) in enumerate(blocks):
+        for x in sums:
+            total = join(total, x, kind)
+            own[index] = join(own[index], x, kind)
+    return Sums(total, float(not all(finite for _, finite in blocks)), own)
+
+
+def eager_sums(grads: Sequence[Tensor], workers: Workers, kind: int = table.NORM_TWO.value) -> Sums:
+    """Sums in fp64, block after block; the norms agree with the kernels' within one ulp."""
+    return joined(eager_blocks(grads, workers, kind), kind)
 
 
 def norm_of(total: float, wide: bool, kind: int = table.NORM_TWO.value) -> float:

@@ -1,5 +1,6 @@
 """Tables of numbers that kernels read when they run: floats that the host uploads, or tensors of the user's."""
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,6 +11,9 @@ from fusedopt_kernels import launch, table
 
 from .metrics import Metrics
 from .upload import DeviceTable, capturing
+
+KEPT = 16
+"""Tables of hyper-parameters that an optimizer keeps for later plans; captured steps keep their own."""
 
 
 class NumberTable:
@@ -91,7 +95,7 @@ class Shared:
 
     def __init__(self, launcher: launch.Launcher, metrics: Metrics) -> None:
         self.launcher, self.metrics = launcher, metrics
-        self._hypers: dict[Hashable, NumberTable] = {}
+        self._hypers: OrderedDict[Hashable, NumberTable] = OrderedDict()
         self.tallies: dict[torch.device, Tensor] = {}
 
     def hypers(self, rows: int, device: torch.device, key: Hashable) -> NumberTable:
@@ -101,13 +105,17 @@ class Shared:
             RuntimeError: there is none yet, and a CUDA graph is being captured.
         """
         key = (rows, device, key)
-        if key not in self._hypers:
+        if key in self._hypers:
+            self._hypers.move_to_end(key)
+        else:
             if capturing():
                 raise RuntimeError(
                     "hyper-parameters are not on the device yet, and a CUDA graph that copied them there would do it "
                     "again at every replay: step once before the capture"
                 )
             self._hypers[key] = NumberTable(rows, table.HYPER_WIDTH.value, device, live=True)
+            if len(self._hypers) > KEPT:
+                self._hypers.popitem(last=False)
         return self._hypers[key]
 
     def tally(self, device: torch.device) -> Tensor:

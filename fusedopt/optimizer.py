@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, compiled, flatten, options
+from . import checkpoint, compiled, flatten, options, source
 from .arguments import check_backend, check_flags
 from .average import ema_parameters, refuse_swapped, swap_ema
 from .captures import refresh
+from .conditions import Conditions
 from .groups import GroupOptions
 from .metrics import Metrics, collect
 from .options import Options
@@ -40,13 +41,17 @@ class FusedOptimizer(Stepper):
         self._metrics = Metrics(chosen.get("metrics", ()))
         if not isinstance(amp_scaling := chosen.get("amp_scaling", False), bool):
             raise ValueError(f"amp_scaling must be True or False, got {amp_scaling!r}")
-        self._step_supports_amp_scaling = amp_scaling
+        self._norm_at_backward = source.checked(chosen.get("norm_at_backward", False), amp_scaling)
+        # asked for its flag, a stock GradScaler shows itself; it would rewrite gradients behind the hooks
+        self._step_supports_amp_scaling = amp_scaling or bool(self._norm_at_backward)
         self._options = options.given(type(self).__name__, chosen)
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
         self._begin()
         super().__init__(params, defaults)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
+        if self._norm_at_backward:
+            source.check_used([GroupOptions(self.rule_of(group), group) for group in self.param_groups], self._metrics)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options of ours among its keys hold for it alone.
@@ -60,12 +65,22 @@ class FusedOptimizer(Stepper):
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
+            options.check_effect(chosen)
             self._metrics.check(self.rule_of(whole))
+            self._check_agreement({**whole, options.KEY: chosen})
             for name in options.DEFAULTS:
                 param_group.pop(name, None)
             if chosen:
                 param_group[options.KEY] = chosen
         super().add_param_group(param_group)
+
+    def _check_agreement(self, new: dict[str, Any]) -> None:
+        """Refuse a group that disagrees with the others on the norm or on when a step is skipped."""
+        added = GroupOptions(self.rule_of(new), new)
+        if added.wants_norm:
+            others = (GroupOptions(self.rule_of(group), group) for group in self.param_groups)
+            first = next((group for group in others if group.wants_norm), added)
+            Conditions([first, added])
 
     # ---------------------------------------------------------------------------------------------------- step
     def _patch_step_function(self) -> None:
@@ -92,6 +107,8 @@ class FusedOptimizer(Stepper):
         if torch.compiler.is_compiling():
             if total_norm is not None:
                 raise RuntimeError("step(total_norm=…) does not work under torch.compile: call it outside the graph")
+            if self._norm_at_backward:
+                raise RuntimeError("norm_at_backward does not work under torch.compile: call step() outside the graph")
             compiled.step(self)
         else:
             with torch.no_grad():
@@ -104,11 +121,20 @@ class FusedOptimizer(Stepper):
         Raises:
             RuntimeError: DistributedDataParallel put a gradient of `flatten_(grads=True)` into a bucket of its own.
         """
+        if self._source is not None:
+            self._source.forget()
         if flatten.has_gradients:
             with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
                 flatten.zero_grad([p for group in self.param_groups for p in group["params"]], set_to_none)
         else:
             super().zero_grad(set_to_none)
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """A context for every backward pass but the last before a step, when gradients are accumulated.
+
+        Under ``norm_at_backward`` gradients are summed up after the last pass only; without it nothing differs.
+        """
+        return nullcontext() if self._source is None else self._source.paused()
 
     def refresh(self) -> None:
         """Bring hyper-parameters that changed to the device, for captured steps.
@@ -232,6 +258,7 @@ class FusedOptimizer(Stepper):
             "_counters": self._counters,
             "_options": self._options,
             "_metrics": self._metrics,
+            "_norm_at_backward": self._norm_at_backward,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 

@@ -31,6 +31,10 @@ class Options(TypedDict, total=False):
 
     metrics: names of what `FusedOptimizer.metrics` is to have measured; default none. For the whole optimizer.
 
+    norm_at_backward: sum up each gradient for the norm when backward has produced it, so that a step reads gradients
+    once; ``"check"`` makes the norm pass too and compares. Default False. ``docs/norm_at_backward.md`` says what it
+    needs. For the whole optimizer.
+
     clip_grad_norm: largest norm of the gradients after unscaling, float or one-element tensor; default None. Each
     gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
     its way into the update: ``p.grad`` is left as it is. clip_scope: ``"global"`` (default) clips the norm of all the
@@ -67,6 +71,7 @@ class Options(TypedDict, total=False):
     backend: Literal["auto", "triton", "eager"]
     metrics: Sequence[str]
     amp_scaling: bool
+    norm_at_backward: bool | Literal["check"]
     clip_grad_norm: float | Tensor | None
     clip_norm_type: float
     clip_scope: Literal["global", "tensor"]
@@ -89,7 +94,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
-WHOLE = ("backend", "metrics", "amp_scaling")
+WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward")
 """Options of the whole optimizer."""
 
 
@@ -115,9 +120,28 @@ def of_group(group: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str
     return {"version": FORMAT_VERSION, **chosen} if chosen else {}
 
 
-def lr_initial(group: Mapping[str, Any]) -> float:
-    """What ``decay_mode="independent"`` divides lr by."""
-    return float(group.get("initial_lr", group.get(KEY, {}).get("lr_initial", 1.0)))
+def lr_initial(group: Mapping[str, Any]) -> float | Tensor:
+    """What ``decay_mode="independent"`` divides lr by; a scheduler keeps a tensor beside a tensor lr."""
+    value = group.get("initial_lr", group.get(KEY, {}).get("lr_initial", 1.0))
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def check_effect(chosen: Mapping[str, Any]) -> None:
+    """Refuse options of a new group that do nothing without others.
+
+    Raises:
+        ValueError: names the option and what it needs.
+    """
+    for name, needs in NEEDS.items():
+        if name in chosen and all(chosen.get(other) is None for other in needs):
+            raise ValueError(f"{name}={chosen[name]!r} does nothing without {' or '.join(needs)}: give that too")
+
+
+NEEDS = {
+    "clip_scope": ("clip_grad_norm",), "clip_norm_type": ("clip_grad_norm", "skip_norm_above"),
+    "ema_warmup": ("ema_decay",),
+}  # fmt: skip
+"""Options that refine others."""
 
 
 def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -132,7 +156,7 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
         value = options.get(name, default)
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
-        if name in CHOICES and value not in CHOICES[name]:
+        if name in CHOICES and (isinstance(value, Tensor) or value not in CHOICES[name]):
             raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
         if name in NUMBERS and value is not None:
             _check_limit(name, value)
@@ -153,10 +177,9 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
         raise ValueError(
             "decay_mode='independent' set in mid-run does not know the initial lr: give it as 'lr_initial' beside it"
         )
-    if options.get("decay_mode") == "independent" and lr_initial({**group, KEY: options}) <= 0.0:
+    initial = lr_initial({**group, KEY: options})
+    if options.get("decay_mode") == "independent" and not isinstance(initial, Tensor) and initial <= 0.0:
         raise ValueError("decay_mode='independent' divides by the initial lr, which is 0: start from an lr above 0")
-    if options.get("ema_warmup") and options.get("ema_decay") is None:
-        raise ValueError("ema_warmup=True needs ema_decay: it is the ramp of its first steps")
     if options.get("clip_norm_type", 2.0) != 2.0 and rule.grad_norm:
         raise ValueError(f"{rule.name} takes the 2-norm of gradients: leave clip_norm_type at 2.0")
     if options.get("sparse") == "lazy" and rule.sparse in (None, "only"):

@@ -17,6 +17,7 @@ from .plan import Segment
 from .rule import Rule
 from .sparse import EagerRows, SparseTables
 from .tables import DeviceTables
+from .upload import capturing, reserve
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -35,6 +36,7 @@ class Parts:
         self.eager: list[Any] = []
         self.averages: list[Any] = []
         self._given: Any = None
+        self._reserved = False  # pinned memory for a capture of this step
         self._conditions = Conditions(())
         self._make(plan)
         for tables in (*self.tables, *self.averages):
@@ -99,6 +101,9 @@ class Parts:
             part.run(plan.grads, conditions.on(HOST))
         for average in self.averages:
             average.run(self._skipped(average.device, conditions))
+        if not self._reserved and torch.cuda.is_initialized() and not capturing():
+            self._reserved = True
+            reserve(sum(part.staging for part in (*self.tables, *self.averages) if hasattr(part, "staging")))
 
     def prepare(self, given: dict[int, Any]) -> int:
         """Compile what a step under some conditions would launch; returns how many kernels were not ready."""
@@ -116,7 +121,7 @@ class Parts:
         Raises:
             ValueError: a norm that nothing asks for.
         """
-        key = [(column, id(x) if isinstance(x, Tensor) else x) for column, x in given.items()]
+        key = [(column, (id(x), x.data_ptr()) if isinstance(x, Tensor) else x) for column, x in given.items()]
         on_host = any(isinstance(x, Tensor) and x.is_cpu for x in given.values())  # may have changed in place
         if key != self._given or on_host:
             metrics = self.shared.metrics
@@ -136,7 +141,7 @@ class Parts:
         sums = [tables.totals(conditions.kind) for tables in self.tables]
         for part in self.eager:
             own = part.totals(plan.grads, conditions.kind)
-            sums.append(torch.tensor([own.total, own.bad], dtype=torch.float64))
+            sums.append(torch.tensor([own.total, own.bad], dtype=torch.float64, device=HOST))
         devices = {part.device for part in self.tables} | ({HOST} if self.eager else set())
         for device in devices:
             all_of = torch.stack([x.to(device) for x in sums])

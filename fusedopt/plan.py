@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedopt_kernels import table
+
 from . import layout
 from .average import init_ema, is_averaged
 from .groups import GroupOptions
@@ -89,6 +91,7 @@ class Plan:
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
                     in_order = self.groups[index].rule.kernel_part is not None  # matrix rules see rows and columns
                     members.append(Segment(p, index, len(members), in_order))
+        self._check_complex()
         for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
         for segment in (*self.segments, *self.sparse, *self.idle):
@@ -106,6 +109,14 @@ class Plan:
         self.state_tensors = [t for t in moved if t is not None]
         self.state_addresses = list(map(_address, self.state_tensors))
         self._watch_gradients()
+
+    def _check_complex(self) -> None:
+        kinds = {group.norm_kind for group in self.groups if group.wants_norm}
+        if kinds - {table.NORM_TWO.value} and any(s.param.is_complex() for s in (*self.segments, *self.sparse)):
+            raise ValueError(
+                "clip_norm_type=1.0 or inf is not defined for complex parameters, whose real and imaginary parts are "
+                "summed up apart: use 2.0, or fusedopt.clip_grad_norm_ before the step"
+            )
 
     def _watch_gradients(self) -> None:
         grads: list[Any] = [s.param.grad for s in self.segments]
@@ -169,15 +180,15 @@ class Plan:
 
     def changed_groups(self, optimizer: "Stepper") -> list[int] | None:
         """Indices of groups whose numbers changed; None if a change needs another plan."""
-        changed = []
+        changed: dict[int, GroupOptions] = {}
         for index, group in enumerate(optimizer.param_groups):
             if not self.groups[index].unchanged(group):
-                new = GroupOptions(optimizer.rule_of(group), group)
-                if not new.same_structure(self.groups[index]):
+                changed[index] = GroupOptions(optimizer.rule_of(group), group)
+                if not changed[index].same_structure(self.groups[index]):
                     return None
-                self.groups[index] = new
-                changed.append(index)
-        return changed
+        for index, new in changed.items():  # all or none: one that is refused must not hide the others
+            self.groups[index] = new
+        return list(changed)
 
     def pack(self) -> None:
         """Copy parameters with gaps into their dense buffers."""

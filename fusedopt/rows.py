@@ -18,7 +18,7 @@ from .metrics import Report
 from .numbers import NumberTable, Shared, tagged_address
 from .plan import Segment
 from .rule import Rule
-from .upload import DeviceTable, capturing, reserve
+from .upload import DeviceTable
 
 
 class Rows:
@@ -50,10 +50,12 @@ class Rows:
         self.use = launch.NormUse()
         self._fill_rows()
         self._fill_header()
-        if self.device.type == "cuda" and not capturing():
-            of_step = self.conditions.values, self.conditions.addresses
-            tables = (self.rows, self.grads, *of_step, *self._constants)
-            reserve(sum(t.array.nbytes + 8 for t in tables))
+
+    @property
+    def staging(self) -> int:
+        """Bytes of pinned memory that uploads of all tables take, once made; some are uploaded twice in a step."""
+        tables = (self.rows, self.grads, self.conditions.values, self.conditions.addresses, *self._constants)
+        return 2 * sum(t.array.nbytes + 8 for t in tables)
 
     def _base_flags(self, segment: Segment) -> int:
         group = self.groups[segment.group]

@@ -1,8 +1,9 @@
 """State of a parameter: made lazily, torch-shaped, kept in its own dtype.
 
 ``state[p]`` holds what torch.optim would: ``step`` (0-dim fp32, fp64 under a float64 default dtype), one tensor like
-the parameter or one number per slot, and ``update_mask`` where one is set. State that is there already (loaded,
-pre-created, on another device or in another layout) is taken over; only what is missing is created.
+the parameter or one number per slot, ``update_mask`` where one is set, ``ema`` and ``ema_step`` (``average.py``).
+State that is there already (loaded, pre-created, on another device or in another layout) is taken over; only what is
+missing is created.
 """
 
 from typing import TYPE_CHECKING, Any

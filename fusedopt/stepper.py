@@ -15,6 +15,7 @@ from .numbers import Shared
 from .parts import Parts
 from .plan import Plan
 from .rule import Rule
+from .source import Source
 from .upload import capturing
 
 _LAUNCHER = launch.Launcher()
@@ -32,12 +33,15 @@ class Stepper(torch.optim.Optimizer):
     _metrics = Metrics(())
     _check_nonfinite = False  # set by GradScaler around a step
     _swapped = False  # inside swap_ema
+    _norm_at_backward: bool | str = False
+    _source: Source | None = None
     _counters: dict[Tensor, Tensor]
 
     def _begin(self) -> None:
         """No plan, no captured steps, no counts."""
         self._shared = Shared(self._launcher, self._metrics)
         self._captures: list[tuple[Plan, Parts]] = []
+        self._source = Source(self._norm_at_backward == "check") if self._norm_at_backward else None
         self._forget_plan()
 
     def rule_of(self, group: dict[str, Any]) -> Rule:
@@ -77,7 +81,11 @@ class Stepper(torch.optim.Optimizer):
         if grads is not None:
             plan.replace_gradients(grads)
         plan.pack()
+        if self._source is not None:
+            self._source.take(plan, self._parts, given)
         self._parts.run(plan, given)
+        if self._source is not None:
+            self._source.attach(plan, self._parts)
         self._reported = self._parts
         plan.unpack()
 
@@ -92,7 +100,8 @@ class Stepper(torch.optim.Optimizer):
         names = ("total_norm", "grad_scale", "found_inf")
         for name, value in zip(names, given.values(), strict=False):
             check_given(name, value)
-        return {column: value for column, value in given.items() if value is not None}
+        kept = {column: value for column, value in given.items() if value is not None}
+        return {column: x.detach() if isinstance(x, Tensor) and x.requires_grad else x for column, x in kept.items()}
 
     def _found_inf(self) -> list[Tensor]:
         """Whether a gradient of the last step held inf or NaN: 1.0 or 0.0, 0-dim fp32; empty without gradients."""
@@ -106,6 +115,8 @@ class Stepper(torch.optim.Optimizer):
         """Drop the plan and everything it holds: state, packed parameters, device tables."""
         self._plan = self._reported = None
         self.__dict__.pop("_parts", None)
+        if self._source is not None:
+            self._source.leave()
         self._written: list[Tensor] = []
 
     def _build(self) -> Plan:

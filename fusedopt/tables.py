@@ -48,21 +48,27 @@ def transforms(group: GroupOptions, scaled: bool) -> tuple[Any, ...]:
 
 
 class DeviceTables(Rows):
-    """Tables and launches for the segments of one rule that live on one device."""
+    """Tables and launches for the segments of one rule that live on one device.
+
+    summed: this step's norm pass has been made already, see ``source.py``.
+    """
+
+    summed = False
 
     def __init__(self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], shared: Shared) -> None:
-        self._by_use: dict[launch.NormUse, list[Launch]] = {}
-        self._totals: dict[int, list[Launch]] = {}
+        self._by_use: dict[tuple[launch.NormUse, bool], list[Launch]] = {}
+        self._totals: dict[tuple[int, bool], list[Launch]] = {}
         super().__init__(rule, segments, groups, shared)
 
     @property
     def launches(self) -> list[Launch]:
         """Every launch of a step under the present conditions, in order."""
-        if self.use not in self._by_use:
+        key = self.use, self.summed
+        if key not in self._by_use:
             mode, kind = self.use.mode, self.use.kind
             before = self._norm_launches(kind, mode != table.OWN_NORM.value) if self._sums_partials else []
-            self._by_use[self.use] = [*before, self._scalars_launch(), *self._update_launches()]
-        return self._by_use[self.use]
+            self._by_use[key] = [*before, self._scalars_launch(), *self._update_launches()]
+        return self._by_use[key]
 
     @property
     def _sums_partials(self) -> bool:
@@ -72,7 +78,7 @@ class DeviceTables(Rows):
 
     def _norm_launches(self, kind: int, with_totals: bool) -> list[Launch]:
         out: list[Launch] = []
-        for dtype, members in self._by(_grad_dtype).items():
+        for dtype, members in ({} if self.summed else self._by(_grad_dtype)).items():
             chunks = self._chunk_map(members, table.NORM_CHUNK, False)
             if len(chunks):
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.partials)
@@ -97,9 +103,10 @@ class DeviceTables(Rows):
         return self.header[table.OWN_SQUARE.value : table.OWN_BAD.value + 1]
 
     def _totals_launches(self, kind: int) -> list[Launch]:
-        if kind not in self._totals:
-            self._totals[kind] = self._norm_launches(kind, True)
-        return self._totals[kind]
+        key = kind, self.summed
+        if key not in self._totals:
+            self._totals[key] = self._norm_launches(kind, True)
+        return self._totals[key]
 
     def _update_launches(self) -> list[Launch]:
         """What follows the scalars launch."""

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-_reserve = torch.empty(0, dtype=torch.uint8)
+_reserve = torch.empty(0, dtype=torch.uint8, device="cpu")
 """Pinned memory for the next capture: pinning memory while a stream is captured fails before torch 2.12."""
 
 
@@ -16,7 +16,7 @@ def reserve(size: int) -> None:
     """Keep ``size`` bytes of pinned memory ready for a capture."""
     global _reserve
     if _reserve.numel() < size:
-        _reserve = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        _reserve = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _take(host: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class DeviceTable:
     STAGES = 4
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        host = torch.zeros(shape, dtype=dtype)
+        host = torch.zeros(shape, dtype=dtype, device="cpu")  # whatever the default device is
         self.array: np.ndarray = host.numpy()
         self.shared = device.type == "cpu"
         self.tensor = host if self.shared else torch.zeros(shape, dtype=dtype, device=device)

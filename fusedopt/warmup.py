@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fusedopt_kernels import table
 
+from .options import KEY
 from .rule import Rule
+from .source_sums import prepare
 from .state import MASK
 
 if TYPE_CHECKING:
@@ -37,12 +39,20 @@ def _compile(optimizer: "FusedOptimizer", scaled: bool) -> int:
     shadow = _shadow(optimizer)
     with torch.no_grad():
         shadow._build()
+    ready = 0 if shadow._source is None or shadow._plan is None else prepare(shadow._plan, shadow._parts)
     given: list[dict[int, Any]] = [{}]
     if scaled:
         given = [{table.GRAD_SCALE.value: 1.0, table.CHECK.value: 1.0}]
         if optimizer._step_supports_amp_scaling:
             given.append({table.GRAD_SCALE.value: 1.0, table.FOUND_INF.value: 0.0})
-    return sum(map(shadow._parts.prepare, given))
+    ready += sum(map(shadow._parts.prepare, given))
+    if any(KEY in group and "ema_decay" in group[KEY] for group in shadow.param_groups):
+        for p in (p for group in shadow.param_groups for p in group["params"]):
+            p.grad = None  # averages of parameters without a gradient take kernels of their own
+        with torch.no_grad():
+            shadow._build()
+        ready += shadow._parts.prepare({})
+    return ready
 
 
 def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":

@@ -55,7 +55,7 @@ def graph(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Graph]:
 
     for module in (rows, numbers):
         monkeypatch.setattr(module, "DeviceTable", Table)
-    for name in ("stepper", "state", "rows", "upload", "numbers", "average"):
+    for name in ("stepper", "state", "upload", "numbers", "average", "parts"):
         monkeypatch.setattr(f"fusedopt.{name}.capturing", lambda: made.capturing)
     monkeypatch.setattr(upload, "reserve", lambda size: None)
     yield made

@@ -220,8 +220,9 @@ def test_bad_values_are_refused(options: dict[str, Any], error: type[Exception],
 
 def test_groups_must_agree_on_skipping() -> None:
     params = parameters("cpu", (2,), (2,))
-    optimizer = fusedopt.SGD(
-        [{"params": [params[0]], "skip_nonfinite": True}, {"params": [params[1]], "clip_grad_norm": 1.0}]
-    )
     with pytest.raises(ValueError, match="the same values"):
-        train([0], optimizer)
+        fusedopt.SGD([{"params": [params[0]], "skip_nonfinite": True}, {"params": [params[1]], "clip_grad_norm": 1.0}])
+    optimizer = fusedopt.SGD([{"params": [params[0]], "clip_grad_norm": 1.0}])
+    with pytest.raises(ValueError, match="give every param_group the same"):
+        optimizer.add_param_group({"params": [params[1]], "clip_grad_norm": 1.0, "clip_norm_type": 1.0})
+    assert len(optimizer.param_groups) == 1

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cautious": {"cautious": True, "cautious_decay": True},
     "clipped": {"clip_grad_norm": 1.0, "clip_scope": "tensor", "clip_grad_value": 1.0, "l1": 0.1},
     "spikes and decay": {"skip_norm_above": 1.0, "decay_mode": "independent"},
+    "measured": {"clip_grad_norm": 1.0, "clip_norm_type": float("inf"), "ema_decay": 0.9, "metrics": ("update_norm",)},
 }
 ARCHITECTURES = {"sm_80": ("cuda", 80, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 

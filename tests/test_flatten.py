@@ -138,7 +138,7 @@ def assert_same_steps(row: RuleRow, dtype: torch.dtype, device: str, backend: st
             states = [opt.state.get(x, {}) for opt, x in zip(optimizers, (p, q), strict=True)]
             assert states[0].keys() == states[1].keys()
             assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
-    if backend == "triton" and optimizers[0]._tables[0].with_norm:
+    if backend == "triton" and optimizers[0]._tables[0].use.with_norm:
         headers = [optimizer._tables[0].header.tolist() for optimizer in optimizers]
         assert headers[0] == headers[1] and headers[0][table.NORM.value] > 0
 

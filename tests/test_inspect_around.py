@@ -23,6 +23,7 @@ AROUND = (
     (Configuration("adamw", {"ema_decay": 0.999}, "bfloat16", "bfloat16"), 2, {"adamw": (12.0, 10.0)}),
     (Configuration("adamw", {"metrics": ("update_ratio",)}), 2, {"adamw": (16.0, 12.0)}),
     (Configuration("adamw", {"metrics": ("grad_norm",)}), 3, {"norm": (4.0, 0.0), "adamw": (16.0, 12.0)}),
+    (Configuration("adamw", {"clip_grad_norm": 1.0, "norm_at_backward": True}), 2, {"adamw": (16.0, 12.0)}),
     (CAUTIOUS, 3, {"adamw_measure": (12.0, 0.0), "adamw": (16.0, 12.0)}),
 )
 """Configuration, launches of a step, and for each kernel the bytes loaded and stored per parameter."""

@@ -36,13 +36,14 @@ def test_eager_cpu_measures_nothing_wrong() -> None:
 
 
 def test_host_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own assertions count launches and uploads: two and one in every step."""
+    """Its own assertions count launches and uploads: two or three and one in every step."""
     from perf import host_time
 
     monkeypatch.setattr(sys, "argv", ["perf.host_time", "--count", "3", "13", "--rounds", "4"])
     host_time.main()
     out = capsys.readouterr().out
-    assert "13 tensors" in out and "fusedopt SGD" in out
+    assert "13 tensors" in out and all(out.count(f"\n{name} ") == 2 for name in host_time.ROWS)
+    assert out.count("of torch clip + fused (allowed: 0.25)") == 2
     monkeypatch.setattr(sys, "argv", ["perf.host_time", "--count", "3", "--rounds", "4", "--json"])
     host_time.main()
     assert len(json.loads(capsys.readouterr().out)["seconds"]["3"]["fusedopt AdamW"]) == 4

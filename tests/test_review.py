@@ -92,7 +92,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(step: Any) -> None:
         with monkeypatch.context() as patch:
-            for name in ("stepper", "state", "rows", "upload", "numbers", "average"):
+            for name in ("stepper", "state", "upload", "numbers", "average", "parts"):
                 patch.setattr(f"fusedopt.{name}.capturing", lambda: True)
             step()
 

@@ -68,7 +68,7 @@ ONLY_PREDICATES = {"FSETP", "DSETP", "HSETP2", "FCHK"}
 PAIRS = {"DADD", "DMUL", "DFMA", "FADD2", "FMUL2", "FFMA2"}
 ARITHMETIC = {
     *ONLY_PREDICATES, *PAIRS, "FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX", "MUFU", "F2F", "F2FP", "F2I", "I2F",
-    "I2FP", "HADD2", "HMUL2", "FHADD", "FRND", "SHFL", "REDUX",
+    "I2FP", "HADD2", "HMUL2", "FHADD", "FRND", "SHFL", "REDUX", "POPC",
 }  # fmt: skip
 """Instructions whose results only data depends on, or is expected to: they become unknown."""
 

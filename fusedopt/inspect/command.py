@@ -151,6 +151,8 @@ def short_forms(given: Mapping[str, str | bool | None], arguments: Mapping[str, 
 
 
 def _literal(name: str, text: str) -> Any:
+    if text in ("inf", "-inf"):
+        return float(text)
     if re.fullmatch(r"(?!True$|False$|None$)[A-Za-z]\w*", text):
         return text  # a name, such as a format's
     try:

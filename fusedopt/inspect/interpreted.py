@@ -13,7 +13,7 @@ import torch
 from fusedopt.inspect.counts import Bytes
 from fusedopt.inspect.listener import Listener, listening
 from fusedopt.inspect.memory import TABLE, Places
-from fusedopt.inspect.subject import CASES, Configuration, Subject, build
+from fusedopt.inspect.subject import CASES, Configuration, Subject, begin, build
 from fusedopt_kernels import launch
 
 
@@ -42,9 +42,11 @@ def count(configuration: Configuration) -> Bytes:
 def count_step(subject: Subject, launcher: CountingLauncher | None = None) -> Bytes:
     """The same for an optimizer that has a step to take."""
     launcher = launcher or CountingLauncher()
-    subject.optimizer._launcher = launcher
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `subject.record`
+        begin(subject, launcher)
+        launcher.listeners.clear()
+        launcher.tables.clear()
         subject.optimizer.step()
     places = Places(subject.regions(launcher.tables))
     result: Bytes = {}

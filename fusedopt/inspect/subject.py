@@ -121,11 +121,21 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def begin(subject: Subject, launcher: launch.Launcher) -> None:
+    """Give the optimizer a launcher; one that takes norms in backward does so, after its first step, which does not."""
+    subject.optimizer._launcher = launcher
+    if (source := subject.optimizer._source) is not None:
+        subject.optimizer.step()
+        for p in subject.params:
+            source.fire(p)
+
+
 def record(subject: Subject) -> list[tuple[launch.KernelSpec, int, tuple[torch.Tensor, ...]]]:
     """The launches of one step as (spec, grid, arguments), none of them carried out."""
     recorder = launch.Recorder()
-    subject.optimizer._launcher = recorder
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a real step would warn of is not the user's concern here
+        begin(subject, recorder)
+        recorder.record.clear()
         subject.optimizer.step()
     return recorder.record

@@ -90,8 +90,9 @@ class InStep(Update):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for device, tally in state["counts"].items():  # the optimizer's own state dict has no running counts
-            self.optimizer._shared.tally(torch.device(device)).copy_(tally)
+        device = next(self.model.parameters()).device
+        for tally in state["counts"].values():  # the optimizer's own state dict has no running counts
+            self.optimizer._shared.tally(device).copy_(tally)
 
 
 class AroundStep(Update):

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from . import memory
 from .numerics import average, maximum
-from .step import agrees, load_scalars, segment_of, sum_of_squares
+from .step import agrees, load_scalars, segment_of
+from .sums import sum_of_squares
 from .table import (
     FLAGS,
     LANES,

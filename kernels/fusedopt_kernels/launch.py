@@ -21,9 +21,9 @@ from .rows import rows_kernel
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i32", "scalars": "*fp64", "partials": "*fp64",
     "hypers": "*fp64", "addresses": "*i64", "conditions": "*fp64", "condition_addresses": "*i64", "header": "*fp64",
-    "counts": "*i64", "skipped": "*fp64", "norm": "*fp32", "limit": "*fp64",
+    "counts": "*i64", "skipped": "*fp64", "norm": "*fp32", "limit": "*fp64", "row": "*i64", "gradient": "i64",
 }  # fmt: skip
-"""Type of every pointer argument, by name; kernels share the names."""
+"""Type of every run-time argument, by name; kernels share the names."""
 
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
 """Compile options of every kernel; see `numerics` for the FMA policy."""
@@ -189,7 +189,7 @@ def compile_for(spec: KernelSpec, target: Any) -> Any:
 
     if numerics.INTERPRETED:
         raise RuntimeError("cannot compile under TRITON_INTERPRET=1; unset it and start a new process")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(spec.signature.values()) if kind != "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(spec.signature.values()) if kind[0] == "*"}
     source = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constants, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": spec.num_warps, **OPTIONS})
 

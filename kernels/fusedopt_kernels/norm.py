@@ -41,29 +41,25 @@ def root(x, KIND: tl.constexpr):
 
 @triton.jit
 def _accumulate(gradient, at, total, bad, GRAD: tl.constexpr, KIND: tl.constexpr, FULL: tl.constexpr):
-    x = memory.load(gradient, at, GRAD, tl.float64, FULL)
+    x = memory.load(gradient, at, GRAD, total.dtype, FULL)
     if GRAD == tl.float64:
         bad = bad | (tl.abs(x) < float("inf")).to(tl.int32) ^ 1
     return join(total, x * x if KIND == NORM_TWO else tl.abs(x), KIND), bad
 
 
 @triton.jit
-def norm_kernel(
-    rows, grads, chunks, partials,
+def store_partial(
+    row, gradient, aligned, chunk, partials,
     GRAD: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial ``(sum of squares or as KIND says, > 0 if an element is inf or NaN)`` of one chunk of one gradient."""
-    pid = tl.program_id(0)
-    segment = tl.load(chunks + 2 * pid).to(tl.int64)
-    chunk = tl.load(chunks + 2 * pid + 1).to(tl.int64)
-    row = rows + segment * ROW_WIDTH
-    gradient = tl.load(grads + segment)
     start = chunk * CHUNK
     left = tl.load(row + NUMEL) - start
     lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
+    # the largest of narrow numbers needs no fp64, which has no instruction for it (20 an element where fp32 takes 3)
+    total = tl.zeros((BLOCK,), tl.float32 if KIND == NORM_INF and GRAD != tl.float64 else tl.float64)
     bad = tl.zeros((BLOCK,), tl.int32)
-    if (left >= CHUNK) & ((tl.load(row + FLAGS) & ALIGNED) != 0):
+    if (left >= CHUNK) & aligned:
         for o in range(0, CHUNK, BLOCK):
             total, bad = _accumulate(gradient, (start + o, lanes, lanes < BLOCK), total, bad, GRAD, KIND, True)
     else:
@@ -74,9 +70,23 @@ def norm_kernel(
             total, bad = _accumulate(gradient, at, total, bad, GRAD, KIND, False)
             done += BLOCK
     slot = partials + 2 * (tl.load(row + NORM_START) + chunk)
-    square = join_lanes(total, KIND)
+    square = join_lanes(total, KIND).to(tl.float64)
     tl.store(slot, square)
     if GRAD == tl.float64:
         tl.store(slot + 1, tl.sum(bad).to(tl.float64))
     else:
         tl.store(slot + 1, (tl.abs(square) < float("inf")).to(tl.float64) * -1.0 + 1.0)
+
+
+@triton.jit
+def norm_kernel(
+    rows, grads, chunks, partials,
+    GRAD: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partials of the chunks of all gradients of one dtype."""
+    pid = tl.program_id(0)
+    segment = tl.load(chunks + 2 * pid).to(tl.int64)
+    chunk = tl.load(chunks + 2 * pid + 1).to(tl.int64)
+    row = rows + segment * ROW_WIDTH
+    aligned = (tl.load(row + FLAGS) & ALIGNED) != 0
+    store_partial(row, tl.load(grads + segment), aligned, chunk, partials, GRAD, KIND, CHUNK, BLOCK)

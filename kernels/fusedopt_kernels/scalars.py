@@ -31,7 +31,6 @@ from .table import (
     L2,
     LAST,
     LIMIT,
-    LOWEST_CLIP,
     LR,
     LR_INDEPENDENT,
     LR_INITIAL,
@@ -110,26 +109,27 @@ def _segments(
     lr = hyper_of(hypers, addresses, group, LR, mask)
     weight_decay = hyper_of(hypers, addresses, group, WEIGHT_DECAY, mask)
     t = _next_step(tl.load(row + STEP, mask=mask, other=0), (flags & STEP_IS_FP64) != 0, skip, mask)
-    coefficient = inverse + lr * 0.0
+    zero = tl.zeros((BLOCK,), tl.float64)  # not lr·0: lr may be inf
+    coefficient = inverse + zero
     own = coefficient
-    share = lr * 0.0 + 1.0
+    share = zero + 1.0
     if OWN_NORMS:
         own = own_norm(row, out, partials, wide, mask, KIND) * inverse
         tl.store(out + GRADIENT_NORM, own, mask=mask)
     if WITH_NORM:
-        clipped = norm + lr * 0.0
+        clipped = norm + zero
         if OWN_NORMS:
             clipped = tl.where((flags & CLIP_ALONE) != 0, own, clipped)
         share = clip(clipped, hyper_of(hypers, addresses, group, CLIP_NORM, mask))
         coefficient = inverse * share
         tl.store(out + CLIP, share, mask=mask)
-    lowest = tl.min(tl.where(mask & (share < 1.0), share, 1.0))  # of NaN the device and the interpreter differ
+    lowest = tl.min(tl.where(mask, share, 1.0))  # NaN is left out
     hyper = (lr, weight_decay)
     for i in tl.static_range(N_HYPERS):
         hyper = hyper + (hyper_of(hypers, addresses, group, RULE_HYPERS + i, mask),)
     if GRAD_NORM:
         state = _load_state(row, mask, N_STATE)
-        s, new = RULE(hyper, t, state, own * (coefficient / inverse))
+        s, new = RULE(hyper, t, state, own * share)
         _store_state(row, state, new, skip, mask, N_STATE)
     elif N_STATE > 0:
         state = _load_state(row, mask, N_STATE)
@@ -144,7 +144,7 @@ def _segments(
     tl.store(out + COEFFICIENT, coefficient, mask=mask)
     tl.store(out + L2, tl.where(decoupled | rules, 0.0, weight_decay), mask=mask)
     tl.store(out + DECAY, tl.where(decoupled, taken, 0.0), mask=mask)
-    tl.store(out + SKIP, tl.where(skip, 1.0, lr * 0.0), mask=mask)
+    tl.store(out + SKIP, tl.where(skip, 1.0, zero), mask=mask)
     tl.store(out + L1_PENALTY, hyper_of(hypers, addresses, group, L1, mask), mask=mask)
     tl.store(out + LIMIT, hyper_of(hypers, addresses, group, CLIP_VALUE, mask), mask=mask)
     for i in tl.static_range(N_SCALARS):
@@ -241,5 +241,4 @@ def scalars_kernel(
             )  # fmt: skip
             lowest = tl.where(block < lowest, block, lowest)
             offset += BLOCK
-        tl.store(header + LOWEST_CLIP, lowest)
         _count(condition_addresses, skip, lowest, bad)

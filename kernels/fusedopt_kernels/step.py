@@ -15,9 +15,9 @@ import triton.language as tl
 from . import memory
 from .average import renew
 from .numerics import sign
+from .sums import add_squares, change_of, measure_unchanged, store_sums, sum_of_squares, zeros
 from .table import (
     ALIGNED,
-    CHANGE,
     COEFFICIENT,
     DECAY,
     EMA,
@@ -80,30 +80,6 @@ def _inputs(
 
 
 @triton.jit
-def _zeros(N: tl.constexpr, BLOCK: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(N):
-        sums = sums + (tl.zeros((BLOCK,), tl.float64),)
-    return sums
-
-
-@triton.jit
-def _store_sums(out, sums):
-    for i in tl.static_range(len(sums)):
-        tl.store(out + i, tl.sum(sums[i]))
-
-
-@triton.jit
-def _add_squares(sums, values, at):
-    """Squares of some values of a block, added up lane by lane."""
-    new = ()
-    for i in tl.static_range(len(sums)):
-        x = tl.where(at[2], values[i], 0.0).to(tl.float64)
-        new = new + (sums[i] + x * x,)
-    return new
-
-
-@triton.jit
 def agrees(a, b):
     """Whether both are non-zero and of one sign; products of small numbers would underflow."""
     return sign(a) * sign(b) > 0
@@ -133,7 +109,7 @@ def update_block(
     for i in tl.static_range(len(STATES)):
         STATES[i][1](r[6 + 2 * i], r[7 + 2 * i], at, new[i], STATES[i][2], FULL)
     if SWITCHES[4]:
-        return _add_squares(sums, (held, held - p), at)
+        return add_squares(sums, (held, held - p), at)
     else:
         return sums
 
@@ -153,18 +129,6 @@ def segment_of(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
         tl.load(srow + LIMIT).to(COMPUTE),
     )
     return row, tl.load(grads + segment), start, e, srow
-
-
-@triton.jit
-def sum_of_squares(partials, first, count, stride, LANES: tl.constexpr):
-    """Fixed tree over a segment's partials: lane = index mod LANES, then one sum over the lanes."""
-    lanes = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float64)
-    done = first * 0
-    while done < count:
-        total += tl.load(partials + (first + done + lanes) * stride, mask=done + lanes < count, other=0.0)
-        done += LANES
-    return tl.sum(total)
 
 
 @triton.jit
@@ -191,23 +155,23 @@ def update_kernel(
             scale = (numel.to(tl.float64) / (agreeing + 1.0)).to(COMPUTE)
         terms = e + (scale, tl.load(srow + EMA_WEIGHT).to(COMPUTE))
         N_SUMS: tl.constexpr = 2 if SWITCHES[4] else 0
-        out = tl.load(row + CHANGE).to(tl.pointer_type(tl.float64), bitcast=True) + 2 * chunk
+        out = change_of(row, chunk)
         start = chunk * CHUNK
         left = numel - start
         r = load_row(row, gradient, len(STATES))
         if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
             lanes = tl.arange(0, BLOCK)
-            sums = _zeros(N_SUMS, BLOCK)
+            sums = zeros(N_SUMS, BLOCK)
             for o in range(0, CHUNK, BLOCK):
                 at = (start + o, lanes, lanes < BLOCK)
                 sums = update_block(
                     r, terms, s, at, at, sums,
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
                 )  # fmt: skip
-            _store_sums(out, sums)
+            store_sums(out, sums)
         else:
             few = tl.arange(0, TAIL)
-            few_sums = _zeros(N_SUMS, TAIL)
+            few_sums = zeros(N_SUMS, TAIL)
             rest = tl.minimum(left, CHUNK).to(tl.int32)
             done = rest * 0
             while done < rest:
@@ -217,7 +181,10 @@ def update_kernel(
                     RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
                 )  # fmt: skip
                 done += TAIL
-            _store_sums(out, few_sums)
+            store_sums(out, few_sums)
+    else:
+        if SWITCHES[4]:
+            measure_unchanged(row, chunk, WEIGHT, COMPUTE, CHUNK, TAIL)
 
 
 @triton.jit
@@ -233,7 +200,7 @@ def _measure_block(
         values = (agrees(descent, g).to(COMPUTE),)
     else:
         values = MEASURE(g, p, states, s, VARIANT, EXACT)
-    return _add_squares(sums, values, at)
+    return add_squares(sums, values, at)
 
 
 @triton.jit
@@ -257,17 +224,17 @@ def measure_kernel(
     out = partials + (tl.load(row + MEASURE_START) + chunk) * N_SUMS
     if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
         lanes = tl.arange(0, BLOCK)
-        sums = _zeros(N_SUMS, BLOCK)
+        sums = zeros(N_SUMS, BLOCK)
         for o in range(0, CHUNK, BLOCK):
             at = (start + o, lanes, lanes < BLOCK)
             sums = _measure_block(
                 r, e, s, at, sums,
                 MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
             )  # fmt: skip
-        _store_sums(out, sums)
+        store_sums(out, sums)
     else:
         few = tl.arange(0, TAIL)
-        few_sums = _zeros(N_SUMS, TAIL)
+        few_sums = zeros(N_SUMS, TAIL)
         rest = tl.minimum(left, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
@@ -277,4 +244,4 @@ def measure_kernel(
                 MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
             )  # fmt: skip
             done += TAIL
-        _store_sums(out, few_sums)
+        store_sums(out, few_sums)

@@ -97,15 +97,14 @@ SKIPPED = tl.constexpr(2)  # 1.0 when the step was skipped
 NORM_IS_FP64 = tl.constexpr(3)  # in: 1.0: keep the norm in fp64
 OWN_SQUARE = tl.constexpr(4)  # sum (of squares; largest) over this table's gradients alone, as scaled
 OWN_BAD = tl.constexpr(5)  # whether one of these is inf or NaN
-LOWEST_CLIP = tl.constexpr(6)  # smallest `CLIP` of a segment
-FOUND = tl.constexpr(7)  # NONFINITE once more, as fp32 in the first four bytes: what a GradScaler reads
+FOUND = tl.constexpr(6)  # NONFINITE once more, as fp32 in the first four bytes: what a GradScaler reads
 HEADER_WIDTH = tl.constexpr(8)
 
 # Where the norm of a step comes from: `NORM_MODE` of the scalars kernel.
 NO_NORM = tl.constexpr(0)  # none is wanted; gradients may still be scaled
 OWN_NORM = tl.constexpr(1)  # this table's partials
-SUMMED_NORM = tl.constexpr(2)  # sums of several tables, in row 0
-GIVEN_NORM = tl.constexpr(3)  # the caller's, in row 0
+SUMMED_NORM = tl.constexpr(2)  # sums of several tables, among the conditions
+GIVEN_NORM = tl.constexpr(3)  # the caller's, among the conditions
 
 # What is summed up for a norm: `KIND` of norm kernels.
 NORM_ONE = tl.constexpr(1)  # magnitudes
