@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE, compute_type
+from fusedopt_kernels.numerics import compute_type
 from fusedopt_kernels.param import split16
 
 from .groups import GroupOptions
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 EMA, EMA_STEP = "ema", "ema_step"
 """State keys."""
+
+_EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""What averages are kept in."""
 
 
 def is_averaged(p: Tensor) -> bool:
@@ -51,7 +54,7 @@ def init_ema(optimizer: "Stepper", segment: "Segment") -> None:
     residual = state.get("param_residual") if group.get(KEY, {}).get("weights") else None
     if residual is not None:  # a parameter without a gradient has not been given it yet
         segment.residual = _fit("param_residual", residual, segment.weight, (torch.int16,))
-    if have is not None and have.dtype != dtype and have.dtype in (*FLOAT_TYPES, *REAL_TYPE):
+    if have is not None and have.dtype != dtype and have.dtype in _EXACT:
         have = have.to(dtype)  # the parameter changed its dtype (`model.double()`)
     if have is None:
         value = p.detach() if segment.residual is None else split16.join_eager(p.detach(), segment.residual)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .options import FORMAT_VERSION, KEY
@@ -65,11 +66,23 @@ def restore(optimizer: "FusedOptimizer") -> None:
             optimizer._counters.pop(p, None)
             if isinstance(step := state.get("step"), int | float):
                 state["step"] = number_tensor(step, p.device)
+    _unify(optimizer)
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults_of(group).items():
             group.setdefault(key, value)
         if optimizer.rule_of(group).decay == "decoupled" and "decoupled_weight_decay" in group:
             group["decoupled_weight_decay"] = True
+
+
+def _unify(optimizer: "FusedOptimizer") -> None:
+    """Groups that shared a tensor threshold for skipping share one again."""
+    known: list[Tensor] = []
+    for options in (group[KEY] for group in optimizer.param_groups if KEY in group):
+        limit = options.get("skip_norm_above")
+        if isinstance(limit, Tensor):
+            same = next((x for x in known if x.device == limit.device and torch.equal(x, limit)), limit)
+            options["skip_norm_above"] = same
+            known.append(same)
 
 
 def _place(value: Any, p: Tensor) -> Any:

@@ -4,7 +4,6 @@ One pass per gradient dtype reads every gradient, one launch makes the norm of i
 place. The norm is that of a step with ``clip_grad_norm``, bit for bit.
 """
 
-import math
 import types
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,8 +21,7 @@ from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
 from . import clip_tables, layout, shards
 from .clip_parts import Part, coefficient, is_wide
 from .compiled import TAGS
-
-KINDS = {1.0: table.NORM_ONE.value, 2.0: table.NORM_TWO.value, math.inf: table.NORM_INF.value}
+from .groups import KINDS
 
 
 def clip_grad_norm_(

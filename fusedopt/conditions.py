@@ -39,7 +39,7 @@ class Conditions:
         """
         given = given or {}
         asked = [group for group in groups if group.wants_norm]
-        if any(not _agree(group.step_numbers, asked[0].step_numbers) for group in asked):
+        if asked and any(not _agree(group.step_numbers, asked[0].step_numbers) for group in groups):
             raise ValueError(
                 "skip_nonfinite and skip_norm_above decide on the whole step: give every param_group the same values "
                 "(of tensors, the same object)"

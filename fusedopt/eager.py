@@ -88,7 +88,10 @@ class EagerStep:
         if conditions.norm_mode == table.OWN_NORM.value or (needs_own and use.mode != table.SUMMED_NORM.value):
             self.totals(grads, use.kind)
         with np.errstate(all="ignore"):  # norms and scalars may be infinite, as on the device
-            self._step = step = StepNumbers.of(conditions, self._sums, wide)
+            step = StepNumbers.of(conditions, self._sums, wide)
+            if self.rule.grad_norm and not step.with_norm:  # the norm pass runs for the rule
+                step = step._replace(bad=self._sums.bad > 0.0)
+            self._step = step
             self._kind, self._scaled = use.kind, use.scaled or use.with_norm
             norms = [norm_of(x, wide, use.kind) * step.inverse for x in self._sums.own] if needs_own else None
             self._norms, each = norms, norms or [step.norm] * len(own)

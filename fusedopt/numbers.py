@@ -12,7 +12,7 @@ from fusedopt_kernels import launch, table
 from .metrics import Metrics
 from .upload import DeviceTable, capturing
 
-KEPT = 16
+KEPT = 64
 """Tables of hyper-parameters that an optimizer keeps for later plans; captured steps keep their own."""
 
 

@@ -49,6 +49,9 @@ class FusedOptimizer(Stepper):
         self._handle = compiled.handle_of(self)
         self._begin()
         super().__init__(params, defaults)
+        for name in options.useless(self._options):
+            if not any(name in group.get(options.KEY, {}) for group in self.param_groups):
+                options.check_effect(self._options)
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
         if self._norm_at_backward:
             source.check_used([GroupOptions(self.rule_of(group), group) for group in self.param_groups], self._metrics)
@@ -65,7 +68,7 @@ class FusedOptimizer(Stepper):
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
-            options.check_effect(chosen)
+            chosen = options.without_useless(chosen, param_group)
             self._metrics.check(self.rule_of(whole))
             self._check_agreement({**whole, options.KEY: chosen})
             for name in options.DEFAULTS:
@@ -77,10 +80,12 @@ class FusedOptimizer(Stepper):
     def _check_agreement(self, new: dict[str, Any]) -> None:
         """Refuse a group that disagrees with the others on the norm or on when a step is skipped."""
         added = GroupOptions(self.rule_of(new), new)
-        if added.wants_norm:
-            others = (GroupOptions(self.rule_of(group), group) for group in self.param_groups)
-            first = next((group for group in others if group.wants_norm), added)
-            Conditions([first, added])
+        others = (GroupOptions(self.rule_of(group), group) for group in self.param_groups)
+        first = next(others, added)
+        wanting = (
+            first if first.wants_norm or not added.wants_norm else next((g for g in others if g.wants_norm), added)
+        )
+        Conditions([first, wanting, added])
 
     # ---------------------------------------------------------------------------------------------------- step
     def _patch_step_function(self) -> None:

@@ -3,7 +3,7 @@
 Those that differ from torch's behaviour live in the one group key ``"fusedopt"``; a parameter group may give its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -127,14 +127,29 @@ def lr_initial(group: Mapping[str, Any]) -> float | Tensor:
 
 
 def check_effect(chosen: Mapping[str, Any]) -> None:
-    """Refuse options of a new group that do nothing without others.
+    """Refuse options that do nothing without others.
 
     Raises:
         ValueError: names the option and what it needs.
     """
-    for name, needs in NEEDS.items():
-        if name in chosen and all(chosen.get(other) is None for other in needs):
-            raise ValueError(f"{name}={chosen[name]!r} does nothing without {' or '.join(needs)}: give that too")
+    for name in useless(chosen):
+        raise ValueError(f"{name}={chosen[name]!r} does nothing without {' or '.join(NEEDS[name])}: give that too")
+
+
+def without_useless(chosen: dict[str, Any], own: Container[str]) -> dict[str, Any]:
+    """A new group's options but for inherited ones that refine what this group does not have.
+
+    Raises:
+        ValueError: one of its own that does nothing.
+    """
+    kept = {name: value for name, value in chosen.items() if name in own or name not in useless(chosen)}
+    check_effect(kept)
+    return kept if kept.keys() - {"version"} else {}
+
+
+def useless(chosen: Mapping[str, Any]) -> list[str]:
+    """Options that refine others which are not there."""
+    return [name for name, needs in NEEDS.items() if name in chosen and all(chosen.get(x) is None for x in needs)]
 
 
 NEEDS = {

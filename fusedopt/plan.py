@@ -196,8 +196,7 @@ class Plan:
             segment.weight.copy_(segment.param.detach())
 
     def unpack(self) -> None:
-        """Copy the buffers back, tell autograd that every parameter changed, and let go of the gradients."""
-        self.grads = []  # else they would live until the next step, beside those of the next backward pass
+        """Copy the buffers back and tell autograd that every parameter changed."""
         for segment in self.packed:
             segment.param.detach().copy_(segment.weight)
         torch.autograd.graph.increment_version(self.updated)
@@ -227,6 +226,8 @@ def guard_of(tensors: Sequence[Tensor]) -> Any:
 
     torch.compile's own guard: one C++ call, about a third of the time of asking each tensor from Python.
     """
+    if len(set(map(id, tensors))) < len(tensors):  # one listed twice: the C++ guard takes no tensor two times
+        return AttributeGuard(tensors)
     try:
         from torch._C._dynamo.guards import TensorGuards
 

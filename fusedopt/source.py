@@ -64,30 +64,25 @@ class Source:
         self._sums: list[KernelSums | EagerSums] = []
         self._places: dict[Tensor, Place] = {}
         self._seen: dict[Tensor, Seen] = {}
+        self._accumulated: Tensor | None = None
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._hook = _hook(weakref.ref(self))
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     # ------------------------------------------------------------------------------------------------- backward
     def fire(self, p: Tensor) -> None:
-        """Sum up a gradient that backward has just produced.
-
-        Raises:
-            RuntimeError: it has been summed up already, and was then accumulated into.
-        """
-        place = self._places.get(p)
+        """Sum up a gradient that backward has just produced."""
+        place, before = self._places.get(p), self._seen.get(p)
+        if before is not None and before.grad() is not p.grad:
+            del self._seen[p]
         if place is None or self._pauses or torch.compiler.is_compiling() or capturing():
             return
         if flatten.has_gradients and (home := flatten._home(p)) is not None:
             home(p)  # its own hook may come after this one
-        grad, before = p.grad, self._seen.get(p)
-        if before is not None and grad is not None and before.grad() is grad:
-            raise RuntimeError(
-                f"norm_at_backward: the gradient of a parameter of shape {tuple(p.shape)} was accumulated into after "
-                "its norm had been taken: run every backward pass but the last before a step inside `with "
-                "optimizer.accumulate():`, or call optimizer.zero_grad() if there was to be no step"
-            )
-        self._seen.pop(p, None)
+        if p in self._seen:  # an optimizer that is not stepped any more must not stop another one's backward
+            self._accumulated = p
+            return
+        grad = p.grad
         if grad is not None and _is_as_planned(grad, place):
             place.sums.add(place.index, grad.detach())
             self._seen[p] = Seen.of(grad)
@@ -106,7 +101,8 @@ class Source:
         """Have all sums ready for a step, those that hooks made and the rest; or leave them to the norm pass.
 
         Raises:
-            RuntimeError: a gradient changed since its hook; several processes; a stock GradScaler.
+            RuntimeError: a gradient changed or was accumulated into since its hook; several processes; a stock
+                GradScaler.
             ValueError: no norm is used.
         """
         refuse_distributed()
@@ -124,6 +120,12 @@ class Source:
                     "state, options or which gradients there are changed since the last",
                 )
             return
+        if (p := self._accumulated) is not None:
+            raise RuntimeError(
+                f"norm_at_backward: the gradient of a parameter of shape {tuple(p.shape)} was accumulated into after "
+                "its norm had been taken: run every backward pass but the last before a step inside `with "
+                "optimizer.accumulate():`, or call optimizer.zero_grad() if there was to be no step"
+            )
         unseen = {id(sums): self._unseen(sums) for sums in self._sums}
         for sums in self._sums:
             part, few = sums.part, unseen[id(sums)]
@@ -139,7 +141,7 @@ class Source:
                 sums.add(index, plan.grads[part.segments[index].position])
             if self.checks and part.summed and (wrong := sums.wrong(plan)):
                 p = part.segments[wrong[0]].param
-                self._seen.clear()
+                self.forget()
                 raise RuntimeError(
                     f"norm_at_backward='check': {len(wrong)} gradients were rewritten after their hooks in a way that "
                     f"torch does not see, the first that of a parameter of shape {tuple(p.shape)}: leave "
@@ -164,7 +166,7 @@ class Source:
 
     def attach(self, plan: Plan, parts: "Parts") -> None:
         """After a step: forget its gradients, and hook the parameters of a new plan."""
-        self._seen.clear()
+        self.forget()
         if plan is self._plan:
             return
         self._plan, self._sums = plan, sums_of(plan, parts)
@@ -182,12 +184,13 @@ class Source:
     def forget(self) -> None:
         """Gradients were dropped."""
         self._seen.clear()
+        self._accumulated = None
 
     def leave(self) -> None:
         """The plan is gone; hooks do nothing until the next."""
         self._plan, self._sums = None, []
         self._places.clear()
-        self._seen.clear()
+        self.forget()
 
 
 def _hook(source: "weakref.ref[Source]") -> Callable[[Tensor], None]:

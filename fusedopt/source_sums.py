@@ -1,5 +1,6 @@
 """Sums of single gradients, for a step whose norm pass backward makes (``source.py``)."""
 
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class KernelSums:
         self._of = [
             (source_spec(s.grad_dtype, kind), n, row) for s, n, row in zip(part.segments, counts, rows, strict=True)
         ]
+        self._pass: list[Launch] | None = None
 
     def launch(self, index: int, address: int) -> list[Launch]:
         """Over the gradient of segment number ``index``; none if it is empty."""
@@ -46,10 +48,13 @@ class KernelSums:
         part = self.part
         kept = part.partials.clone()
         part.set_gradients(plan.grad_addresses)
-        part.summed = False
-        part._start(part._norm_launches(self.kind, False))
-        part.summed = True
-        differs = (kept.view(torch.int64) != part.partials.view(torch.int64)).nonzero().flatten().cpu().numpy() // 2
+        if self._pass is None:
+            part.summed = False
+            self._pass = part._norm_launches(self.kind, False)
+            part.summed = True
+        part._start(self._pass)
+        same = (kept.view(torch.int64) == part.partials.view(torch.int64)) | (kept.isnan() & part.partials.isnan())
+        differs = (~same).nonzero().flatten().cpu().numpy() // 2
         ends = np.cumsum(part.rows.array[:, table.NORM_COUNT.value])
         return sorted({int(i) for i in np.searchsorted(ends, differs, side="right")})
 
@@ -59,11 +64,12 @@ class EagerSums:
 
     def __init__(self, part: EagerStep, kind: int) -> None:
         self.part, self.kind = part, kind
+        self._lock = Lock()  # backward passes of several threads share the part's scratch
         part.blocks = [Blocks([], True)] * len(part.segments)
 
     def add(self, index: int, grad: Tensor) -> None:
         """Sum up one gradient."""
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), self._lock:
             self.part.blocks[index] = eager_blocks([grad], self.part.workers, self.kind)[0]
 
     def wrong(self, plan: Plan) -> list[int]:

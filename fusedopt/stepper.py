@@ -78,16 +78,19 @@ class Stepper(torch.optim.Optimizer):
         self._run(plan, grads, given)
 
     def _run(self, plan: Plan, grads: list[Tensor] | None, given: dict[int, Any]) -> None:
-        if grads is not None:
-            plan.replace_gradients(grads)
-        plan.pack()
-        if self._source is not None:
-            self._source.take(plan, self._parts, given)
-        self._parts.run(plan, given)
-        if self._source is not None:
-            self._source.attach(plan, self._parts)
-        self._reported = self._parts
-        plan.unpack()
+        try:
+            if grads is not None:
+                plan.replace_gradients(grads)
+            plan.pack()
+            if self._source is not None:
+                self._source.take(plan, self._parts, given)
+            self._parts.run(plan, given)
+            if self._source is not None:
+                self._source.attach(plan, self._parts)
+            self._reported = self._parts
+            plan.unpack()
+        finally:
+            plan.grads = []  # else they would live until the next step, beside those of the next backward pass
 
     def _given(self, total_norm: float | Tensor | None) -> dict[int, Any]:
         """Conditions of this step, by column: the norm, and what torch.amp.GradScaler or the user set."""

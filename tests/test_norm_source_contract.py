@@ -42,9 +42,8 @@ def test_unmarked_accumulation_is_refused(device: str) -> None:
     train([0], ours)
     ours.zero_grad()
     backward(1, params_of(ours))
+    backward(2, params_of(ours))
     with pytest.raises(RuntimeError, match=r"optimizer\.accumulate\(\)"):
-        backward(2, params_of(ours))
-    with pytest.raises(RuntimeError, match="written to after its norm"):
         ours.step()
 
 

@@ -202,3 +202,19 @@ def test_bad_input_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=r"novograd takes the 2-norm of gradients: leave clip_norm_type at 2\.0"):
         fusedopt.NovoGrad([first], clip_grad_norm=1.0, clip_norm_type=1.0)
     fusedopt.NovoGrad([first], clip_grad_norm=1.0, clip_norm_type=2.0)
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
+@settings(max_examples=200)
+def test_given_the_norm_clipped_gradients_are_within_three_ulps_of_torchs(norm: float, limit: float) -> None:
+    """torch adds and divides in fp32, ours does both in fp64 and rounds once: 1 ulp and ½ (relative errors of 2u and u
+    for u = ½ ulp), and each product rounds once more. An ulp of a quotient may be half of that of a neighbour."""
+    g = torch.linspace(0.5, 2.0, 64)
+    norm = float(torch.tensor(norm))
+    ours, theirs = (torch.nn.Parameter(torch.zeros(64)) for _ in range(2))
+    ours.grad, theirs.grad = g.clone(), g.clone()
+    SGD([ours], lr=1.0, clip_grad_norm=limit).step(total_norm=norm)
+    torch.nn.utils.clip_grads_with_norm_([theirs], limit, torch.tensor(norm))
+    expected = -theirs.grad
+    ulp = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
+    assert ((ours.detach() - expected).abs() <= 3 * ulp).all()

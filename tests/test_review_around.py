@@ -8,6 +8,7 @@ from compare import BACKENDS, give_gradients, parameters, params_of
 from test_captures import capture, graph
 
 import fusedopt
+from fusedopt_kernels import launch
 
 __all__ = ["graph"]  # a fixture
 
@@ -67,8 +68,9 @@ def test_norm_types_of_complex_gradients_are_refused(kind: float, device: str) -
         optimizer.step()
 
 
-def test_tables_of_hyper_parameters_do_not_pile_up(device: str) -> None:
+def test_tables_of_hyper_parameters_do_not_pile_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Muon's depend on which matrices have a gradient."""
+    monkeypatch.setattr("fusedopt.numbers.KEPT", 6)
     params = parameters(device, *((n, 3) for n in range(2, 7)))
     optimizer = fusedopt.Muon(params, backend="triton")
     for t in range(24):
@@ -77,7 +79,7 @@ def test_tables_of_hyper_parameters_do_not_pile_up(device: str) -> None:
             if t >> i & 1:
                 p.grad = None
         optimizer.step()
-    assert len(optimizer._shared._hypers) <= 16
+    assert len(optimizer._shared._hypers) <= 6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,11 +145,10 @@ def test_warmup_readies_the_average_of_idle_parameters(device: str) -> None:
     params = params_of(optimizer)
     give_gradients(0, params)
     params[1].grad = None
+    optimizer._launcher = launcher = launch.Launcher()
     count, _ = optimizer.warmup()
-    launcher: Any = optimizer._launcher
-    before = launcher.compiles
     optimizer.step()
-    assert count > 2 and launcher.compiles == before
+    assert count == launcher.compiles > 2
 
 
 @pytest.mark.parametrize(
@@ -187,3 +188,72 @@ def test_tensor_thresholds_are_not_compared_by_value(device: str) -> None:
     with pytest.raises(ValueError, match="the same object"):
         fusedopt.SGD([{"params": [p], "skip_norm_above": x} for p, x in zip(params, limits, strict=True)])
     fusedopt.SGD([{"params": [p], "skip_norm_above": limits[0]} for p in params])
+
+
+def test_a_group_may_opt_out_of_what_others_refine(device: str) -> None:
+    a, b = parameters(device, *SHAPES)
+    options: dict[str, Any] = dict(ema_decay=0.9, ema_warmup=True, clip_grad_norm=1.0, clip_scope="tensor")
+    optimizer = fusedopt.AdamW([{"params": [a]}, {"params": [b], "ema_decay": None, "clip_grad_norm": None}], **options)
+    assert optimizer.param_groups[1].get("fusedopt") is None
+    some = [{"params": [a], "clip_grad_norm": 1.0}, {"params": [b]}]
+    assert "clip_scope" in fusedopt.AdamW(some, clip_scope="tensor").param_groups[0]["fusedopt"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_check_of_norms_keeps_nothing(backend: str, device: str) -> None:
+    optimizer = adamw(device, backend, clip_grad_norm=1.0, norm_at_backward="check")
+    sizes = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        sum((p.square().sum() for p in params_of(optimizer)), torch.zeros(())).backward()
+        optimizer.step()
+        sizes.append([len(part._constants) for part in optimizer._tables])
+    assert sizes[-1] == sizes[-3]
+
+
+def test_an_optimizer_that_is_not_stepped_stops_no_backward(device: str) -> None:
+    params = parameters(device, *SHAPES)
+    old = fusedopt.SGD(params, clip_grad_norm=1.0, norm_at_backward=True)
+    new = fusedopt.SGD(params)
+    for optimizer in (old, new, new, new):
+        optimizer.zero_grad(set_to_none=False)
+        sum((p.square().sum() for p in params), torch.zeros(())).backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="accumulated into"):
+        old.step()
+
+
+def test_gradients_of_a_refused_step_are_let_go(device: str) -> None:
+    import weakref
+
+    optimizer = adamw(device)
+    give_gradients(0, params_of(optimizer))
+    optimizer.step()
+    with pytest.raises(ValueError, match="total_norm"):
+        optimizer.step(total_norm=1.0)
+    grad = weakref.ref(params_of(optimizer)[0].grad)
+    optimizer.zero_grad()
+    assert grad() is None
+
+
+def test_one_gradient_of_two_parameters_keeps_the_plan(device: str) -> None:
+    params = parameters(device, (3,), (3,))
+    optimizer = fusedopt.SGD(params)
+    for p in params:
+        p.grad = torch.ones(3, device=device) if p is params[0] else params[0].grad
+    optimizer.step()
+    plan = optimizer._plan
+    optimizer.step()
+    assert optimizer._plan is plan
+
+
+def test_groups_share_a_threshold_after_loading(device: str) -> None:
+    import copy
+
+    params, limit = parameters(device, *SHAPES), torch.tensor(2.0, device=device)
+    optimizer = fusedopt.SGD([{"params": [p], "skip_norm_above": limit} for p in params])
+    saved = optimizer.state_dict()
+    saved["param_groups"] = [copy.deepcopy(group) for group in saved["param_groups"]]
+    optimizer.load_state_dict(saved)
+    give_gradients(0, params)
+    optimizer.step()

@@ -101,6 +101,7 @@ def test_what_would_be_ignored_is_refused(make: Any, message: str) -> None:
 
 def test_a_group_that_does_not_skip_is_not_skipped_silently() -> None:
     p, q = parameters("cpu", (2,), (2,))
-    optimizer = fusedopt.SGD([{"params": [p], "skip_nonfinite": True}, {"params": [q]}])
     with pytest.raises(ValueError, match="the same values"):
-        train([0], optimizer)
+        fusedopt.SGD([{"params": [p], "skip_nonfinite": True}, {"params": [q]}])
+    with pytest.raises(ValueError, match="the same values"):
+        fusedopt.SGD([{"params": [p]}, {"params": [q], "skip_nonfinite": True}])

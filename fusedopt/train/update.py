@@ -91,8 +91,9 @@ class InStep(Update):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         device = next(self.model.parameters()).device
-        for tally in state["counts"].values():  # the optimizer's own state dict has no running counts
-            self.optimizer._shared.tally(device).copy_(tally)
+        if state["counts"]:  # the optimizer's own state dict has none; parts on several devices count apart
+            self.optimizer._shared.tallies.clear()
+            self.optimizer._shared.tally(device).copy_(torch.stack([t.cpu() for t in state["counts"].values()]).sum(0))
 
 
 class AroundStep(Update):
