@@ -83,3 +83,5 @@ def refresh(optimizer: "Stepper") -> None:
     if plan is not None and (changed := plan.changed_groups(optimizer)):
         optimizer._parts.set_hypers(changed)
         optimizer._parts.set_agreed()
+    if optimizer._captures:  # another capture may follow, and takes as much pinned memory
+        optimizer._captures[-1][1].reserve()

@@ -101,9 +101,14 @@ class Parts:
             part.run(plan.grads, conditions.on(HOST))
         for average in self.averages:
             average.run(self._skipped(average.device, conditions))
-        if not self._reserved and torch.cuda.is_initialized() and not capturing():
-            self._reserved = True
+        if not self._reserved:
+            self.reserve()
+
+    def reserve(self) -> None:
+        """Keep pinned memory ready for a capture of this step."""
+        if torch.cuda.is_initialized() and not capturing():
             reserve(sum(part.staging for part in (*self.tables, *self.averages) if hasattr(part, "staging")))
+        self._reserved = True
 
     def prepare(self, given: dict[int, Any]) -> int:
         """Compile what a step under some conditions would launch; returns how many kernels were not ready."""

@@ -194,6 +194,7 @@ def test_changes_under_other_rules_and_options(cls: Any, options: dict[str, Any]
     assert all(map(torch.equal, params_of(optimizer), params_of(plain)))
 
 
+@pytest.mark.filterwarnings("ignore:state 'exp_avg_sq' takes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("numel", [1, 511, 16384, 16385, 3 * 16384 + 700])
