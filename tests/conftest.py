@@ -155,6 +155,14 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture(autouse=True)
+def announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is announced once in a process is announced in every test, whatever ran before it."""
+    from fusedopt import layout
+
+    monkeypatch.setattr(layout, "_announced", set())
+
+
 GUARD = 128
 """Elements before and after a poisoned tensor: keeps it 128-byte aligned and shows stores outside it."""
 
