@@ -19,6 +19,7 @@ from .derived import DerivedGroups, check_segments, values, with_group
 from .groups import GroupOptions
 from .numbers import Shared
 from .plan import Segment
+from .rows import programs
 from .rule import Rule
 from .tables import DeviceTables, Launch
 
@@ -134,9 +135,7 @@ class FactoredTables(VectorTables):
     ) -> Launch | None:
         """``counts`` programs for each of some segments, in order; None without any."""
         index = np.array([i for i in members if self.segments[i].numel], dtype=np.int64)
-        few = counts[index]
-        within = np.arange(few.sum()) - np.repeat(np.cumsum(few) - few, few)
-        pairs = np.stack([np.repeat(index, few), within], axis=1).astype(np.int32)
+        pairs = programs(index, counts[index])
         if not len(pairs):
             return None
         chunks = self._constant((pairs[::-1] if last_first else pairs).copy())

@@ -19,6 +19,7 @@ from fusedopt_kernels.scale import combine_spec, scale_spec
 
 from .clip_parts import EagerPart, Part, numbers
 from .parts import runs_kernels
+from .rows import programs, segment_counts
 from .upload import DeviceTable, capturing, reserve
 
 BACKEND = "auto"
@@ -123,11 +124,8 @@ class KernelPart(Part):
 
     def _constant(self, use: str, values: np.ndarray) -> Tensor:
         """Values on the device; what they are copied from is kept, for a captured copy reads it at every replay."""
-        constant = DeviceTable(values.shape, torch.from_numpy(values).dtype, self.device)
-        constant.array[...] = values
-        constant.upload()
-        self._constants[use].append(constant)
-        return constant.tensor
+        self._constants[use].append(DeviceTable.of(values, self.device))
+        return self._constants[use][-1].tensor
 
     def _counts(self, use: str, sizes: tuple[int, ...]) -> Tensor:
         """What `combine_kernel` reads of each set of gradients."""
@@ -136,8 +134,7 @@ class KernelPart(Part):
         first = 0
         for size in sizes:
             heads += [first, 2 * len(sizes) + len(counts)]
-            many = np.flatnonzero(self.chunks[first : first + size] > 1)
-            counts += [size, len(many), *many.tolist()]
+            counts += segment_counts(self.chunks[first : first + size]).tolist()
             first += size
         return self._constant(use, np.array(heads + counts, dtype=np.int64))
 
@@ -150,10 +147,7 @@ class KernelPart(Part):
                 members.setdefault(key, []).append(i)
         maps = []
         for (dtype, _), indices in members.items():
-            index = np.array(indices)
-            counts = self.chunks[index]
-            first = np.repeat(np.cumsum(counts) - counts, counts)
-            pairs = np.stack([np.repeat(index, counts), np.arange(len(first)) - first], axis=1).astype(np.int32)
+            pairs = programs(indices, self.chunks[np.array(indices)])
             maps.append((dtype, self._constant(use, pairs if use == "norm" else pairs[::-1].copy())))
         return maps if use == "norm" else maps[::-1]
 

@@ -53,7 +53,7 @@ class Conditions:
         self.agreed: dict[int, Any] = asked[0].step_numbers if asked else NEVER_SKIPS
         self.numbers: dict[int, Any] = {
             **dict.fromkeys((table.FOUND_INF.value, table.CHECK.value, *_TOTALS), 0.0), table.GRAD_SCALE.value: 1.0,
-            **{column: x for column, x in given.items() if x is not None},
+            **given,
         }  # fmt: skip
         self.wants_norm = bool(asked) or measured[0] or table.CHECK.value in given
         self.single = measured[1]

@@ -1,7 +1,7 @@
 """The whole step without kernels, composed from the same parts: eager twins run over blocks (``blocks.py``)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,25 +133,27 @@ class EagerStep:
 
         self.workers.run(update, self.tasks)
         if self._change is not None:
-            sums = [[0.0, 0.0] for _ in self.segments]
-            for task in self.tasks:
-                sums[task.index] = [a + b for a, b in zip(sums[task.index], changes[task], strict=True)]
-            self._change = sums
+            self._change = self._by_segment(changes, 2)
 
     def measure_unchanged(self) -> None:
         """Squares of the weights in a skipped step; their change is 0."""
         if self._change is None:
             return
-        squares: dict[Task, float] = {}
+        squares: dict[Task, tuple[float, float]] = {}
 
         def measure(task: Task, lane: Lane) -> None:
-            squares[task] = square_sum(self.ports[task.index][0].load(task.low, task.high, lane), lane)
+            squares[task] = square_sum(self.ports[task.index][0].load(task.low, task.high, lane), lane), 0.0
 
         self.workers.run(measure, self.tasks)
-        sums = [0.0] * len(self.segments)
+        self._change = self._by_segment(squares, 2)
+
+    def _by_segment(self, sums: Mapping[Task, Sequence[float]], n: int) -> list[list[float]]:
+        """n sums over each segment, of those over its blocks, in order."""
+        totals = [[0.0] * n for _ in self.segments]
         for task in self.tasks:
-            sums[task.index] += squares[task]
-        self._change = [[x, 0.0] for x in sums]
+            if task in sums:
+                totals[task.index] = [a + b for a, b in zip(totals[task.index], sums[task], strict=True)]
+        return totals
 
     def _count(self) -> None:
         """Renew the running counts: see ``table.py``."""
@@ -227,9 +229,7 @@ class EagerStep:
             sums[task] = [square_sum(x, lane) for x in found]
 
         self.workers.run(measure, tasks)
-        totals = [[0.0] * n_sums for _ in self.segments]
-        for task in tasks:
-            totals[task.index] = [a + b for a, b in zip(totals[task.index], sums[task], strict=True)]
+        totals = self._by_segment(sums, n_sums)
         result = list(numbers)
         for i in wanted:
             (e, s), n = numbers[i], self.segments[i].numel

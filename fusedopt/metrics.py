@@ -150,8 +150,8 @@ class _Rows(NamedTuple):
             return cls(0, None, None, None)
         own, clip, change = (_joined([getattr(r, name) for r in reports]) for name in ("own", "clip", "change"))
         if clip is None and clip_asked:
-            weights = [report.params[0] for report in reports]
-            clip = torch.ones(sum(len(r.params) for r in reports), dtype=torch.float64, device=weights[0].device)
+            device = reports[0].params[0].device
+            clip = torch.ones(sum(len(r.params) for r in reports), dtype=torch.float64, device=device)
         return cls(reports[0].kind, own, clip, change)
 
     def pick(self, rows: Sequence[int]) -> "_Rows":

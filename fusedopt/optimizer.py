@@ -49,9 +49,7 @@ class FusedOptimizer(Stepper):
         self._handle = compiled.handle_of(self)
         self._begin()
         super().__init__(params, defaults)
-        for name in options.useless(self._options):
-            if not any(name in group.get(options.KEY, {}) for group in self.param_groups):
-                options.check_effect(self._options)
+        options.check_effect(self._options, {x for group in self.param_groups for x in group.get(options.KEY, {})})
         check_flags(defaults.get("foreach"), defaults.get("fused"), defaults.get("differentiable"))
         if self._norm_at_backward:
             source.check_used([GroupOptions(self.rule_of(group), group) for group in self.param_groups], self._metrics)
@@ -70,7 +68,8 @@ class FusedOptimizer(Stepper):
             options.check(self.rule_of(whole), whole, chosen)
             chosen = options.without_useless(chosen, param_group)
             self._metrics.check(self.rule_of(whole))
-            self._check_agreement({**whole, options.KEY: chosen})
+            if chosen or any(options.KEY in group for group in self.param_groups[:1]):  # others agree with the first
+                self._check_agreement({**whole, options.KEY: chosen})
             for name in options.DEFAULTS:
                 param_group.pop(name, None)
             if chosen:

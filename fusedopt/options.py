@@ -126,13 +126,13 @@ def lr_initial(group: Mapping[str, Any]) -> float | Tensor:
     return value if isinstance(value, Tensor) else float(value)
 
 
-def check_effect(chosen: Mapping[str, Any]) -> None:
-    """Refuse options that do nothing without others.
+def check_effect(chosen: Mapping[str, Any], used: Container[str] = ()) -> None:
+    """Refuse options that do nothing without others; used: those that do something elsewhere.
 
     Raises:
         ValueError: names the option and what it needs.
     """
-    for name in useless(chosen):
+    for name in (name for name in useless(chosen) if name not in used):
         raise ValueError(f"{name}={chosen[name]!r} does nothing without {' or '.join(NEEDS[name])}: give that too")
 
 

@@ -76,6 +76,11 @@ class Parts:
             else:
                 self.averages.append(EagerAverages(own, plan.groups))
 
+    @property
+    def _kernels(self) -> list[Any]:
+        """Parts and averages that run kernels."""
+        return [*self.tables, *(average for average in self.averages if isinstance(average, AverageTables))]
+
     def set_hypers(self, changed: Sequence[int]) -> None:
         """Take the current hyper-parameters of some groups."""
         self._given = None
@@ -107,7 +112,7 @@ class Parts:
     def reserve(self) -> None:
         """Keep pinned memory ready for a capture of this step."""
         if torch.cuda.is_initialized() and not capturing():
-            reserve(sum(part.staging for part in (*self.tables, *self.averages) if hasattr(part, "staging")))
+            reserve(sum(part.staging for part in self._kernels))
         self._reserved = True
 
     def prepare(self, given: dict[int, Any]) -> int:
@@ -117,8 +122,7 @@ class Parts:
         for tables in self.tables:
             tables.set_conditions(conditions)
         ready = sum(tables.prepare_totals(conditions.kind) for tables in self.tables) if summed else 0
-        kernels = [part for part in (*self.tables, *self.averages) if hasattr(part, "prepare")]
-        return ready + sum(part.prepare() for part in kernels)
+        return ready + sum(part.prepare() for part in self._kernels)
 
     def _conditions_of(self, given: dict[int, Any]) -> Conditions:
         """What this step as a whole depends on; kept while nothing of it changes.
@@ -166,6 +170,11 @@ class Parts:
 
 
 def runs_kernels(device: torch.device, backend: str, launcher: launch.Launcher) -> bool:
+    """Whether tensors on a device take kernels or twins.
+
+    Raises:
+        RuntimeError: the backend cannot run there.
+    """
     if device.type == "cpu" and backend == "triton" and not launcher.accepts_cpu:
         raise RuntimeError(
             "backend='triton' on CPU tensors needs the interpreter: set TRITON_INTERPRET=1 in the environment "

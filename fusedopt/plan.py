@@ -101,7 +101,8 @@ class Plan:
         self.params = [s.param for s in self.segments]
         self.updated = [*self.params, *(s.param for s in self.sparse)]
         check_distinct(self.updated, list(map(_address, self.updated)))
-        self.placed = [*self.updated, *(s.param for s in self.idle)]
+        self.resting = [s.param for s in self.idle]
+        self.placed = [*self.updated, *self.resting]
         self.addresses = list(map(_address, self.placed))
         self.states = _state_values(optimizer)
         # `state.data = …` keeps the object; who moves state so moves all of it, and an address costs 0.2 µs cold
@@ -120,7 +121,6 @@ class Plan:
 
     def _watch_gradients(self) -> None:
         grads: list[Any] = [s.param.grad for s in self.segments]
-        self.resting = [s.param for s in self.idle]
         self.guard = guard_of([*self.params, *self.resting, *grads])
         for segment, grad in zip(self.segments, grads, strict=True):
             if not layout.same_layout(grad, segment.weight):

@@ -97,9 +97,7 @@ class Rows:
             rows[:, table.CHANGE.value] = self.change.data_ptr() + 2 * self.change.itemsize * first
 
     def _fill_header(self) -> None:
-        counts = self.rows.array[:, table.NORM_COUNT.value]
-        multi = np.flatnonzero(counts > 1)
-        self.counts = self._constant(np.array([len(self.segments), len(multi), *multi], dtype=np.int64))
+        self.counts = self._constant(segment_counts(self.rows.array[:, table.NORM_COUNT.value]))
         header = [0.0] * table.HEADER_WIDTH.value
         wide_grad = any(REAL_TYPE.get(d, d) == torch.float64 for d in self._grad_dtypes())
         header[table.NORM_IS_FP64.value] = float(wide_grad)
@@ -112,11 +110,8 @@ class Rows:
 
     def _constant(self, values: np.ndarray) -> Tensor:
         """Values on the device."""
-        constant = DeviceTable(values.shape, torch.from_numpy(values).dtype, self.device)
-        constant.array[...] = values
-        constant.upload()
-        self._constants.append(constant)
-        return constant.tensor
+        self._constants.append(DeviceTable.of(values, self.device))
+        return self._constants[-1].tensor
 
     def set_gradients(self, addresses: list[int]) -> None:
         """Take this step's gradient addresses; rows change only when an alignment does."""
@@ -177,6 +172,18 @@ class Rows:
         """Keep running counts there."""
         self.conditions.set_address(0, table.TALLY.value, tally.data_ptr())
         self.conditions.upload()
+
+
+def segment_counts(chunks: np.ndarray) -> np.ndarray:
+    """What `total_norm` reads of segments of so many chunks: their number, that of several chunks, and which."""
+    many = np.flatnonzero(chunks > 1)
+    return np.array([len(chunks), len(many), *many], dtype=np.int64)
+
+
+def programs(members: "Sequence[int] | np.ndarray", counts: np.ndarray) -> np.ndarray:
+    """(segment, chunk) of every program of a launch, int32; counts: programs of each member."""
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([np.repeat(np.asarray(members), counts), np.arange(len(first)) - first], axis=1).astype(np.int32)
 
 
 def _aligned(s: Segment) -> bool:

@@ -23,6 +23,7 @@ from .groups import GroupOptions
 from .metrics import Metrics, Report
 from .norm import Sums
 from .plan import Segment
+from .rows import segment_counts
 from .rule import Rule, switched_on
 from .tables import DeviceTables, Launch
 
@@ -75,8 +76,7 @@ class SparseTables(DeviceTables):
         self.grads.array[:] = [values.data_ptr() for _, values in self._found]
         self.rows.upload()
         self.grads.upload()
-        many = np.flatnonzero(counts > 1)
-        self.counts = torch.tensor([len(rows), len(many), *many], dtype=torch.int64).to(self.device)
+        self.counts = torch.from_numpy(segment_counts(counts)).to(self.device)
         self.partials = torch.zeros(max(1, 2 * int(counts.sum())), dtype=torch.float64, device=self.device)
         self._by_use.clear()
         self._totals.clear()

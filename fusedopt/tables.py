@@ -23,7 +23,7 @@ from fusedopt_kernels.state import wide
 from .groups import GroupOptions
 from .numbers import Shared
 from .plan import Segment
-from .rows import Rows
+from .rows import Rows, programs
 from .rule import Rule
 
 Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
@@ -167,11 +167,7 @@ class DeviceTables(Rows):
 
     def _pairs(self, members: Sequence[int], chunk: int) -> np.ndarray:
         """(segment, chunk) of every program, int32, for the segments of one launch."""
-        index = np.array(members)
-        counts = -(-self.rows.array[index, table.NUMEL.value] // chunk)
-        segment = np.repeat(index, counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack([segment, np.arange(len(segment)) - first], axis=1).astype(np.int32)
+        return programs(members, -(-self.rows.array[np.array(members), table.NUMEL.value] // chunk))
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""

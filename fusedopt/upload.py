@@ -49,6 +49,14 @@ class DeviceTable:
         self._next = 0
         self.uploads = 0
 
+    @classmethod
+    def of(cls, values: np.ndarray, device: torch.device) -> "DeviceTable":
+        """Values that do not change, uploaded."""
+        constant = cls(values.shape, torch.from_numpy(values).dtype, device)
+        constant.array[...] = values
+        constant.upload()
+        return constant
+
     def update(self, values: np.ndarray) -> None:
         """Upload values if they differ from what is there."""
         if (self.array != values).any():

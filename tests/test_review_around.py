@@ -195,6 +195,8 @@ def test_a_group_may_opt_out_of_what_others_refine(device: str) -> None:
     options: dict[str, Any] = dict(ema_decay=0.9, ema_warmup=True, clip_grad_norm=1.0, clip_scope="tensor")
     optimizer = fusedopt.AdamW([{"params": [a]}, {"params": [b], "ema_decay": None, "clip_grad_norm": None}], **options)
     assert optimizer.param_groups[1].get("fusedopt") is None
+    with pytest.raises(ValueError, match="ema_warmup=True does nothing"):  # the other is used by a group
+        fusedopt.AdamW([{"params": [a], "clip_grad_norm": 1.0}], clip_scope="tensor", ema_warmup=True)
     some = [{"params": [a], "clip_grad_norm": 1.0}, {"params": [b]}]
     assert "clip_scope" in fusedopt.AdamW(some, clip_scope="tensor").param_groups[0]["fusedopt"]
 
