@@ -15,12 +15,13 @@ from fusedopt_kernels.numerics import average_eager, compute_type
 
 from . import layout
 from .adafactor_step import of_dtype, split, stack_of
-from .blocks import BLOCK, Lane, Port, Task, as_tensor
+from .blocks import BLOCK, Lane, Task, as_tensor
 from .derived import with_group
 from .eager import EagerStep, Scalars
 from .groups import GroupOptions
 from .metrics import Metrics
 from .plan import Segment
+from .ports import Port
 from .rule import Rule
 from .tables import transforms
 from .values import Program, Tape, Values

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels.numerics import compute_type
-from fusedopt_kernels.param import split16
 
+from .formats import weight_format
 from .groups import GroupOptions
 from .options import KEY
 from .rule import Rule
-from .state import _fit, _initial, number_tensor
+from .state import _initial, fit, held_format, number_tensor, take_residual
 from .upload import capturing
 
 if TYPE_CHECKING:
@@ -51,15 +51,17 @@ def init_ema(optimizer: "Stepper", segment: "Segment") -> None:
         )
     dtype = p.dtype if p.is_complex() else compute_type(p.dtype)
     _add_numbers(state, p, optimizer.rule_of(group), group)
-    residual = state.get("param_residual") if group.get(KEY, {}).get("weights") else None
-    if residual is not None:  # a parameter without a gradient has not been given it yet
-        segment.residual = _fit("param_residual", residual, segment.weight, (torch.int16,))
+    form = segment.weight_format = weight_format(p, group.get(KEY, {}))
+    if form is not None and segment.residual is None and held_format(p, state) is not None:
+        take_residual(segment, state)  # a parameter without a gradient has not been given it yet
+    elif form is not None and segment.residual is None:
+        segment.weight_format = None
     if have is not None and have.dtype != dtype and have.dtype in _EXACT:
         have = have.to(dtype)  # the parameter changed its dtype (`model.double()`)
     if have is None:
-        value = p.detach() if segment.residual is None else split16.join_eager(p.detach(), segment.residual)
+        value = p.detach() if form is None or segment.residual is None else form.load(p.detach(), segment.residual)
         have = torch.empty_like(segment.weight.detach(), dtype=dtype).copy_(value)
-    state[EMA] = segment.ema = _fit(EMA, have, segment.weight, (dtype,))
+    state[EMA] = segment.ema = fit(EMA, have, segment.weight, (dtype,))
     state[EMA_STEP] = segment.ema_step = number_tensor(0.0 if count is None else count, p.device)
 
 

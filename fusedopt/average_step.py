@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fusedopt_kernels import average, launch, table
 from fusedopt_kernels.numerics import compute_type, triton_type
+from fusedopt_kernels.param.format import WeightFormat
 
-from .blocks import Lane, Port, Task, Workers, tasks_of
+from .blocks import Lane, Task, Workers, tasks_of
 from .groups import GroupOptions
 from .numbers import Shared
 from .plan import Segment
-from .tables import WEIGHTS, DeviceTables, Launch
+from .ports import Port, weight_port
+from .tables import DeviceTables, Launch, weight_codec
 from .values import Program, Tape, Values, scalar_type
 
 
@@ -52,13 +54,13 @@ class AverageTables(DeviceTables):
     def _average_launches(self) -> list[Launch]:
         out: list[Launch] = []
         for (weights, dtype), members in self._by(self._format).items():
-            chunks = self._chunk_map(members, table.CHUNK, False)
+            chunks = self._chunk_map(members, table.MEASURE_COUNT.value, False)
             if len(chunks):
                 out.append((_average_spec(weights, dtype), len(chunks), (self.rows.tensor, chunks, self.scalars)))
         return out
 
-    def _format(self, s: Segment) -> tuple[str | None, torch.dtype]:
-        return None if s.residual is None else self.groups[s.group].options["weights"], s.weight.dtype
+    def _format(self, s: Segment) -> tuple[WeightFormat | None, torch.dtype]:
+        return s.weight_format, s.weight.dtype
 
     def run(self, skipped: Tensor | None = None) -> None:
         """The pass, on the current stream of the device. skipped: one fp64 number, not 0 if the step was skipped."""
@@ -68,8 +70,8 @@ class AverageTables(DeviceTables):
         self._start(self.launches)
 
 
-def _average_spec(weights: str | None, dtype: torch.dtype) -> launch.KernelSpec:
-    weight, compute = WEIGHTS[weights].codec(dtype), triton_type(compute_type(dtype))
+def _average_spec(form: WeightFormat | None, dtype: torch.dtype) -> launch.KernelSpec:
+    weight, compute = weight_codec(form, dtype), triton_type(compute_type(dtype))
     block, tail, warps = launch.launch_shape({t.primitive_bitwidth // 8 for t in (weight[2], compute)})
     items = (
         ("WEIGHT", weight),
@@ -121,7 +123,7 @@ def _ports(s: Segment) -> tuple[Port, Port]:
     """Parameter, which is only read, and average, which has the compute type and is written where it is."""
     assert s.ema is not None
     compute = compute_type(s.weight.dtype)
-    return Port(s.weight, compute, s.residual), Port(s.ema, compute)
+    return weight_port(s), Port(s.ema, compute)
 
 
 def _program(s: Segment, weight: float) -> Program:

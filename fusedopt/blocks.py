@@ -7,17 +7,13 @@ them these never wait for each other. Which thread takes a block changes no bit 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from fusedopt_kernels.param import split16
-
-from . import layout
 
 BLOCK = 131072
 """Elements per block; a multiple of every state codec's group. It also fixes the order of sums over a segment."""
@@ -63,44 +59,6 @@ class Lane:
         return sum(map(len, self._blocks.values()))
 
 
-class Port:
-    """One tensor of a segment, as numbers of the compute type: its own memory if it has that type, else a copy."""
-
-    def __init__(self, tensor: Tensor, compute: torch.dtype, residual: Tensor | None = None) -> None:
-        self.tensor, self.compute = layout.flat(tensor), compute
-        self.residual = None if residual is None else layout.flat(residual)
-        direct = residual is None and self.tensor.dtype == compute
-        self.array = as_array(self.tensor) if direct else None
-
-    def load(self, low: int, high: int, lane: Lane) -> Any:
-        """Elements low … high as an array of the compute type; writing to it and `store` change the tensor."""
-        if self.array is not None:
-            return self.array[low:high]
-        array = lane.take(self.compute, high - low)
-        for part, out in self._pieces(low, high, array):
-            if self.residual is None:
-                out.copy_(self.tensor[part])
-            else:
-                split16.join_eager(self.tensor[part], self.residual[part], out)
-        return array
-
-    def store(self, low: int, high: int, array: Any) -> None:
-        """Write back what `load` gave, rounding once; the array's numbers are lost."""
-        if self.array is not None:
-            return
-        for part, x in self._pieces(low, high, array):
-            if self.residual is None:
-                self.tensor[part].copy_(x)
-            else:
-                split16.split_eager(x, self.tensor[part], self.residual[part])
-
-    def _pieces(self, low: int, high: int, array: Any) -> Iterator[tuple[slice, Tensor]]:
-        whole = as_tensor(array)
-        for start in range(low, high, GRAIN):
-            stop = min(start + GRAIN, high)
-            yield slice(start, stop), whole[start - low : stop - low]
-
-
 class Task(NamedTuple):
     """Elements low … high of the segment or gradient number ``index``."""
 
@@ -109,16 +67,26 @@ class Task(NamedTuple):
     high: int
 
 
-def tasks_of(lengths: Sequence[int]) -> list[Task]:
-    """The blocks of some segments, in order."""
-    return [Task(i, low, min(low + BLOCK, n)) for i, n in enumerate(lengths) for low in range(0, n, BLOCK)]
+def tasks_of(lengths: Sequence[int], units: Sequence[int] = ()) -> list[Task]:
+    """The blocks of some segments, in order; units: blocks of each end at multiples of this many elements."""
+    tasks = []
+    for i, n in enumerate(lengths):
+        unit = units[i] if units else 1
+        block = max(1, BLOCK // unit) * unit
+        tasks.extend(Task(i, low, min(low + block, n)) for low in range(0, n, block))
+    return tasks
+
+
+def longest(tasks: Sequence[Task]) -> int:
+    """Elements of the largest block."""
+    return max((task.high - task.low for task in tasks), default=1)
 
 
 class Workers:
     """Shares blocks out to threads and keeps their scratch from step to step."""
 
-    def __init__(self, longest: int, device: torch.device) -> None:
-        self.block, self.device = min(BLOCK, longest), device
+    def __init__(self, longest: int, device: torch.device, block: int = 0) -> None:
+        self.block, self.device = max(min(BLOCK, longest), block), device
         self.lanes = [Lane(self.block, device)]
 
     def run(self, work: Callable[[Task, Lane], None], tasks: Sequence[Task]) -> None:

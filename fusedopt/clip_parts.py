@@ -11,8 +11,8 @@ from fusedopt_kernels.numerics import REAL_TYPE
 
 from . import layout
 from .blocks import Workers
+from .guard import guard_of
 from .norm import eager_sums, norm_of
-from .plan import guard_of
 
 
 def coefficient(norm: Tensor, max_norm: float) -> Tensor:

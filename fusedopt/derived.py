@@ -14,10 +14,10 @@ from .rule import Rule
 
 BEFORE = {
     "clip_grad_norm", "clip_norm_type", "clip_scope", "clip_grad_value", "skip_nonfinite", "skip_norm_above",
-    "state_dtype",
+    "state_dtype", "state_rounding", "seed", "streams",
 }  # fmt: skip
 """Options that concern gradients and state."""
-AFTER = {"weights", "cautious_decay", "decay_mode", "lr_initial"}
+AFTER = {"master_weights", "master_rounding", "seed", "streams", "cautious_decay", "decay_mode", "lr_initial"}
 """Options that concern parameters."""
 
 Make = Callable[[GroupOptions, Any], dict[str, Any]]
@@ -79,8 +79,11 @@ class DerivedSegment(Segment):
     def __init__(self, source: Segment, group: int, position: int, direction: Tensor) -> None:
         self.param, self.group, self.position, self.direction = source.param, group, position, direction
         self.weight, self.residual, self.mask = source.weight, source.residual, source.mask
-        self.grad_buffer, self.counter, self.slots, self.numbers = None, None, [], []
+        self.grad_buffer, self.slots, self.numbers = None, [], []
+        self.counter, self.counted = source.counter, True
         self.ema, self.ema_step = None, None
+        self.scales, self.formats, self.rows = [], [], None
+        self.weight_format, self.keys = source.weight_format, source.keys[:1]
 
     @property
     def grad_dtype(self) -> torch.dtype:

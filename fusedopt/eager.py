@@ -11,12 +11,13 @@ from torch import Tensor
 from fusedopt_kernels import table
 from fusedopt_kernels.numerics import REAL_TYPE, compute_type
 
-from .blocks import Lane, Port, Task, Workers, as_array, as_tensor, tasks_of
+from .blocks import Lane, Task, Workers, as_array, as_tensor, longest, tasks_of
 from .conditions import Conditions, StepNumbers
 from .groups import GroupOptions
 from .metrics import Metrics, Report, of_numbers
 from .norm import Blocks, Sums, clip_coefficient, eager_blocks, joined, norm_of, square_sum
 from .plan import Segment
+from .ports import Port, slot_port, weight_port
 from .rule import Rule
 from .tables import transforms
 from .values import Program, Tape, Values, scalar_type, where_eager
@@ -36,10 +37,11 @@ class EagerStep:
         self, rule: Rule, segments: Sequence[Segment], groups: Sequence[GroupOptions], metrics: Metrics
     ) -> None:
         self.rule, self.segments, self.groups = rule, segments, groups
-        lengths = [s.numel for s in segments]
-        self.tasks = tasks_of(lengths)
-        self.workers = Workers(max(lengths), segments[0].weight.device)
         self.ports = [_ports(s) for s in segments]
+        units = [math.lcm(*(port.unit for port in ports)) for ports in self.ports]
+        lengths = [s.numel for s in segments]
+        self.tasks = tasks_of(lengths, units)
+        self.workers = Workers(max(lengths), segments[0].weight.device, longest(self.tasks))
         self._sums = Sums(0.0, 0.0, [])
         self.blocks: list[Blocks] = []
         self._scaled = False
@@ -105,7 +107,7 @@ class EagerStep:
             ports = [
                 (Port(g, first[0].compute), *first) for g, first in zip(own, self.ports, strict=True)
             ]  # gradient, parameter, state, mask
-            numbers = [self._numbers(s, step, *x) for s, *x in zip(self.segments, each, self._clips, strict=True)]
+            numbers = [self._numbers(i, step, *x) for i, x in enumerate(zip(each, self._clips, strict=True))]
             if self.rule.n_norms or any(group.cautious for group in self.groups):
                 numbers = self._measured(ports, numbers)
             programs = [self._program(s, *n) for s, n in zip(self.segments, numbers, strict=True)]
@@ -162,19 +164,21 @@ class EagerStep:
             clipped = not step.skip and any(clip < 1.0 for clip in self._clips)
             self.tally += torch.tensor([1, clipped, step.skip, step.bad], dtype=torch.float64, device="cpu")
 
-    # ------------------------------------------------------------------------------------------------- scalars
     def _clip(self, segment: Segment, step: StepNumbers, norm: float) -> float:
         """What norm clipping multiplies a segment's gradient with; norm: its own."""
         group = self.groups[segment.group]
         limit = float(group.numbers[table.CLIP_NORM.value]) if step.with_norm else math.inf
         return clip_coefficient(norm if group.clips_alone else step.norm, limit)
 
-    def _numbers(self, segment: Segment, step: StepNumbers, norm: float, clip: float) -> tuple[Scalars, Scalars]:
+    def _numbers(self, index: int, step: StepNumbers, norm: float, clip: float) -> tuple[Scalars, Scalars]:
         """Engine scalars (see ``coefficient.py``) and the rule's own in the compute type, after counting this step."""
-        t = 1.0
+        t, segment = 1.0, self.segments[index]
         if segment.counter is not None:
-            t = segment.counter.item() + 1.0
+            t = segment.counter.item() + (0.0 if segment.counted else 1.0)
             segment.counter.fill_(t)
+        for port in self.ports[index]:
+            if port.noise is not None:
+                port.noise.step = int(t)
         group = self.groups[segment.group]
         key = (segment.group, t)
         known = self._scalars.get(key)
@@ -293,4 +297,4 @@ def _ports(segment: Segment) -> list[Port]:
     """Parameter, state slots, and the mask where there is one."""
     compute = compute_type(segment.weight.dtype)
     mask = [] if segment.mask is None else [Port(segment.mask, compute)]
-    return [Port(segment.weight, compute, segment.residual), *(Port(t, compute) for t in segment.slots), *mask]
+    return [weight_port(segment), *(slot_port(segment, i) for i in range(len(segment.slots))), *mask]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedopt_kernels.numerics import compute_type
 
-from .blocks import Lane, Port, as_tensor
+from .blocks import Lane, as_tensor
 from .conditions import Conditions
 from .eager import EagerStep
 from .groups import GroupOptions
@@ -15,6 +15,7 @@ from .metrics import Metrics, Report
 from .muon_step import Directions
 from .norm import Sums
 from .plan import Segment
+from .ports import Port
 from .rule import Rule
 
 

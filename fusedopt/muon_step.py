@@ -99,7 +99,8 @@ class Directions:
         self.batches = self._batches(segments)
         self.first = [with_group(s, self.before.index(s.group)) for s in segments]
         for s in self.first:
-            s.mask = s.residual = None
+            s.mask = s.residual = s.weight_format = None
+            s.keys = (None, *s.keys[1:])
         self.second = [
             DerivedSegment(s, self.after.index(s.group, tuple(s.param.shape)), i, view)
             for i, (s, view) in enumerate(zip(segments, self.views, strict=True))

@@ -11,7 +11,8 @@ from torch import Tensor
 from fusedopt_kernels import table
 
 from . import layout
-from .blocks import Lane, Port, Task, Workers, tasks_of
+from .blocks import Lane, Task, Workers, tasks_of
+from .ports import Port
 
 
 def square_sum(x: np.ndarray | Tensor, lane: Lane) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from . import formats
 from .arguments import check_number
 from .rule import Rule
 
@@ -17,6 +18,10 @@ KEY = "fusedopt"
 
 FORMAT_VERSION = 1
 """Version of what the key holds, written beside it; older ones stay readable."""
+
+
+StateDtype = str | torch.dtype
+"""One of `formats.NAMES`, or a dtype that means one."""
 
 
 class Options(TypedDict, total=False):
@@ -64,6 +69,23 @@ class Options(TypedDict, total=False):
     cautious_decay: decoupled weight decay only where it and the descent agree in sign; default False. Chen et al.
     (2025), "Cautious Weight Decay", Algorithm 1.
 
+    state_dtype: what the optimizer's state is kept in: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``,
+    ``"float8_e4m3"`` (or ``"float8"``), ``"float8_e5m2"``, ``"int4"``, or a dict of these by state key (there also
+    ``"uint8"``). Default None: the parameter's dtype as in torch, fp32 under ``master_weights``. The quantised ones (a
+    scale for every 64 elements of a row) hold averages of gradients and of their squares, of real parameters of two or
+    more dimensions and at least 4096 elements; other state stays fp32. ``docs/low_precision.md`` compares them.
+
+    state_rounding: ``"nearest"`` (default), or ``"stochastic"``: state is rounded up or down so that its expected value
+    is right, where steps too small for the format would otherwise be lost; for every dtype but fp32.
+
+    master_weights: how bf16 and fp16 parameters keep what rounding would lose. ``"float32"``: an fp32 copy;
+    ``"split16"``: 16 more bits, exact (bf16); ``"split8"``: 8 more bits, 24 in all (bf16); ``"kahan"``: the
+    rounding error in the parameter's dtype; ``"stochastic"``: nothing beside them, rounded up or down at random.
+    Default None. Other parameters are left as they are.
+
+    master_rounding: how ``"split8"`` rounds, ``"stochastic"`` (default) or ``"nearest"``. seed: of all random numbers,
+    int, default 0.
+
     sparse: ``"error"`` (default) takes sparse gradients where torch.optim does; ``"lazy"`` also where it does not,
     updating the touched rows alone.
     """
@@ -85,12 +107,19 @@ class Options(TypedDict, total=False):
     cautious: bool
     cautious_decay: bool
     sparse: Literal["error", "lazy"]
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
+    state_rounding: Literal["nearest", "stochastic"]
+    master_weights: Literal["float32", "split16", "split8", "kahan", "stochastic"] | None
+    master_rounding: Literal["stochastic", "nearest"]
+    seed: int
 
 
 DEFAULTS: dict[str, Any] = {
     "clip_grad_norm": None, "clip_norm_type": 2.0, "clip_scope": "global", "clip_grad_value": None,
     "skip_nonfinite": False, "skip_norm_above": None, "ema_decay": None, "ema_warmup": False, "l1": 0.0,
     "decay_mode": "lr", "cautious": False, "cautious_decay": False, "sparse": "error",
+    "state_dtype": None, "state_rounding": "nearest", "master_weights": None, "master_rounding": "stochastic",
+    "seed": 0,
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
@@ -115,6 +144,8 @@ def of_group(group: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str
     chosen = {**inherited, **group.get(KEY, {}), **{k: group[k] for k in DEFAULTS if k in group}}
     chosen = {k: v for k, v in chosen.items() if isinstance(v, Tensor) or k not in DEFAULTS or v != DEFAULTS[k]}
     chosen.pop("version", None)
+    if "state_dtype" in chosen:
+        chosen["state_dtype"] = formats.canonical(chosen["state_dtype"])
     if chosen.get("decay_mode") == "independent":
         chosen.setdefault("lr_initial", float(group["lr"]))
     return {"version": FORMAT_VERSION, **chosen} if chosen else {}
@@ -154,7 +185,7 @@ def useless(chosen: Mapping[str, Any]) -> list[str]:
 
 NEEDS = {
     "clip_scope": ("clip_grad_norm",), "clip_norm_type": ("clip_grad_norm", "skip_norm_above"),
-    "ema_warmup": ("ema_decay",),
+    "ema_warmup": ("ema_decay",), "master_rounding": ("master_weights",),
 }  # fmt: skip
 """Options that refine others."""
 
@@ -175,6 +206,7 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
             raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
         if name in NUMBERS and value is not None:
             _check_limit(name, value)
+    _check_formats(rule, options)
     if rule.kernel_part is not None and (beyond := [name for name in options if name not in MATRIX]):
         raise ValueError(f"{rule.name} does not support {beyond[0]!r}; leave it out of its groups")
     if options.get("cautious") and (rule.n_norms or not rule.cautious):
@@ -201,16 +233,32 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
         raise ValueError(f"sparse='lazy' is not defined for {rule.name}; make its gradients dense (sparse=False)")
 
 
+def _check_formats(rule: Rule, options: Mapping[str, Any]) -> None:
+    if options.get("state_dtype") is not None:
+        formats.check_state_dtype(rule, options["state_dtype"])
+    weights = options.get("master_weights")
+    if weights is not None and weights not in formats.WEIGHTS:
+        raise ValueError(f"master_weights must be None or one of {', '.join(formats.WEIGHTS)}, got {weights!r}")
+    if "master_rounding" in options and weights not in (None, "split8"):
+        raise ValueError(f"master_rounding is for master_weights='split8' alone, not for {weights!r}: leave it out")
+    seed = options.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+
+
 CHOICES = {
     "clip_norm_type": (1.0, 2.0, float("inf")), "clip_scope": ("global", "tensor"),
-    "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy"),
+    "decay_mode": ("lr", "independent"), "sparse": ("error", "lazy"), "state_rounding": ("nearest", "stochastic"),
+    "master_rounding": ("stochastic", "nearest"),
 }  # fmt: skip
+FORMATS = ("state_dtype", "state_rounding", "master_weights", "master_rounding", "seed")
+"""How numbers are kept."""
 MATRIX = {
-    "version", "lr_initial", "weights", "state_dtype", "clip_grad_norm", "clip_norm_type", "clip_scope",
+    "version", "lr_initial", "streams", *FORMATS, "clip_grad_norm", "clip_norm_type", "clip_scope",
     "clip_grad_value", "skip_nonfinite", "skip_norm_above", "ema_decay", "ema_warmup", "cautious_decay", "decay_mode",
 }  # fmt: skip
 """What matrix rules follow."""
-ENGINE_KEYS = {"version", "lr_initial", "weights", "state_dtype"}
+ENGINE_KEYS = {"version", "lr_initial", "streams"}
 """What else stands under the key."""
 NUMBERS = ("clip_grad_norm", "clip_grad_value", "skip_norm_above", "ema_decay", "l1")
 

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels import table
+from fusedopt_kernels.param.format import WeightFormat
+from fusedopt_kernels.state.format import StateFormat
 
-from . import layout
+from . import layout, streams
 from .average import init_ema, is_averaged
+from .formats import REAL, needs_order, rounds_at_random, weight_format
 from .groups import GroupOptions
+from .guard import guard_of
 from .state import drop_counters, init_state
+from .streams import key_of
 from .support import check_distinct, check_supported
 
 if TYPE_CHECKING:
@@ -33,14 +38,17 @@ class Segment:
     """One parameter of the step: where its numbers are and how they are laid out.
 
     weight: the parameter, or its packed copy when it has gaps or, ``in_order``, is not contiguous. grad_buffer: where
-    a gradient of another layout is copied to, or None. slots: state tensors in the rule's order. numbers: its scalar
-    slots, 0-dim. counter: 0-dim step count, or None. mask: a byte per stored number, 0 where it may not change; or
-    None. ema, ema_step: running average of the weight and its 0-dim count of steps, or None.
+    a gradient of another layout is copied to, or None. slots: state tensors in the rule's order, codes where a slot is
+    quantised; scales, formats: what belongs to those, else None. weight_format: None for a plain weight; residual: what
+    it keeps beside the weight. keys: of the random streams that round the weight and each slot, None where nothing
+    does. rows: numbers of the parameter's rows that these are, None for all. numbers: its scalar slots, 0-dim. counter:
+    0-dim step count, or None; counted: another part of the step counts in it. mask: a byte per stored number, 0 where
+    it may not change; or None. ema, ema_step: running average of the weight and its 0-dim count of steps, or None.
     """
 
     __slots__ = (
-        "counter", "ema", "ema_step", "grad_buffer", "group", "mask", "numbers", "param", "position", "residual",
-        "slots", "weight",
+        "counted", "counter", "ema", "ema_step", "formats", "grad_buffer", "group", "keys", "mask", "numbers", "param",
+        "position", "residual", "rows", "scales", "slots", "weight", "weight_format",
     )  # fmt: skip
 
     def __init__(self, param: Tensor, group: int, position: int, in_order: bool = False) -> None:
@@ -49,6 +57,12 @@ class Segment:
         self.weight = param if fits else _packed(param, in_order)
         self.grad_buffer: Tensor | None = None
         self.slots: list[Tensor] = []
+        self.scales: list[Tensor | None] = []
+        self.formats: list[StateFormat | None] = []
+        self.weight_format: WeightFormat | None = None
+        self.keys: tuple[int | None, ...] = ()
+        self.rows: Tensor | None = None
+        self.counted = False
         self.numbers: list[Tensor] = []
         self.mask: Tensor | None = None
         self.residual: Tensor | None = None
@@ -73,6 +87,7 @@ class Plan:
 
     def __init__(self, optimizer: "Stepper") -> None:
         groups = optimizer.param_groups
+        streams.assign(optimizer)
         self.groups = [GroupOptions(optimizer.rule_of(group), group) for group in groups]
         self.lists = [list(group["params"]) for group in groups]
         self.segments: list[Segment] = []
@@ -80,7 +95,7 @@ class Plan:
         self.idle: list[Segment] = []
         self.without_grad: list[Tensor] = []
         for index, params in enumerate(self.lists):
-            for p in params:
+            for place, p in enumerate(params):
                 if p.grad is None:
                     self.without_grad.append(p)
                     if self.groups[index].averaged and is_averaged(p):
@@ -89,8 +104,8 @@ class Plan:
                 else:
                     check_supported(optimizer, p, self.groups[index])
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
-                    in_order = self.groups[index].rule.kernel_part is not None  # matrix rules see rows and columns
-                    members.append(Segment(p, index, len(members), in_order))
+                    members.append(Segment(p, index, len(members), _in_order(p, self.groups[index])))
+                    members[-1].keys = _keys(p, self.groups[index], place)
         self._check_complex()
         for segment in (*self.segments, *self.sparse):
             init_state(optimizer, segment, self.groups[segment.group])
@@ -202,41 +217,19 @@ class Plan:
         torch.autograd.graph.increment_version(self.updated)
 
 
-class AttributeGuard:
-    """`guard_of`'s check in Python, for a torch without the C++ one."""
-
-    _pick = attrgetter("dtype", "device", "layout", "shape")
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.known = self._look(tensors)
-
-    def _look(self, tensors: Sequence[Tensor]) -> list[Any]:
-        return [(type(t), self._pick(t), t.stride(), t.is_conj(), t.is_neg()) for t in tensors]
-
-    def check(self, *tensors: Tensor) -> bool:
-        """Whether every tensor is as it was; a tensor that has no strides (sparse) is not."""
-        try:
-            return self._look(tensors) == self.known
-        except (AttributeError, RuntimeError):
-            return False
-
-
-def guard_of(tensors: Sequence[Tensor]) -> Any:
-    """What ``check(*tensors)`` finds unchanged: type, dtype, device, layout, shape, strides, lazy bits.
-
-    torch.compile's own guard: one C++ call, about a third of the time of asking each tensor from Python.
+def _in_order(p: Tensor, options: GroupOptions) -> bool:
+    """Whether elements must lie in the order of their indices: matrix rules see rows and columns, groups are runs in a
+    row, random numbers go by the index.
     """
-    if len(set(map(id, tensors))) < len(tensors):  # one listed twice: the C++ guard takes no tensor two times
-        return AttributeGuard(tensors)
-    try:
-        from torch._C._dynamo.guards import TensorGuards
+    return options.rule.kernel_part is not None or needs_order(p, options.options, options.rule)
 
-        sizes: Any = [list(t.shape) for t in tensors]  # the stubs' types are of an older form
-        strides: Any = [list(t.stride()) for t in tensors]
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except (ImportError, TypeError):
-        layout.warn_once("guard", "this torch lacks the fast tensor guard; a step takes more host time")
-        return AttributeGuard(tensors)
+
+def _keys(p: Tensor, options: GroupOptions, place: int) -> tuple[int | None, ...]:
+    """Keys of the streams that round the weight and each slot of a group's parameter number ``place``."""
+    chosen = options.options
+    weight = key_of(chosen, place, "weight") if rounds_at_random(weight_format(p, chosen), chosen) else None
+    state = chosen.get("state_rounding") == "stochastic" and p.dtype in REAL
+    return (weight, *(key_of(chosen, place, f"state.{slot.name}") if state else None for slot in options.slots))
 
 
 def _state_values(optimizer: "Stepper") -> list[Any]:
@@ -255,8 +248,8 @@ def _packed(param: Tensor, in_order: bool) -> Tensor:
         )
     layout.warn_once(
         "packed",
-        "a parameter with gaps between its elements (for a matrix rule: one that is not contiguous) is packed and "
-        "unpacked at every step; make it contiguous to save two copies",
+        "a parameter with gaps between its elements (for a matrix rule, quantised state and stochastic rounding: one "
+        "that is not contiguous) is packed and unpacked at every step; make it contiguous to save two copies",
     )
     memory_format = torch.contiguous_format if in_order else torch.preserve_format
     return torch.empty_like(param.detach(), memory_format=memory_format)

@@ -4,6 +4,7 @@ Built once per plan; a steady step uploads gradient addresses if they moved and 
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ class Rows:
         flags |= table.OWN_DECAY.value if self.rule.decay == "own" else 0
         flags |= table.CLIP_ALONE.value if group.clips_alone else 0
         flags |= table.LR_INDEPENDENT.value if group.independent else 0
+        flags |= table.COUNTED.value if segment.counted else 0
         if segment.counter is not None and segment.counter.dtype == torch.float64:
             flags |= table.STEP_IS_FP64.value
         return flags
@@ -75,21 +77,25 @@ class Rows:
         partials = 0
         for row, s in zip(rows, self.segments, strict=True):
             n, length = s.numel, _row_length(s.weight)
+            programs = -(-(n // length * filled(length) if is_ragged(s) else n) // table.CHUNK)
             row[table.PARAM.value], row[table.NUMEL.value], row[table.GROUP.value] = s.weight.data_ptr(), n, 1 + s.group
             row[table.STEP.value] = 0 if s.counter is None else s.counter.data_ptr()
             row[table.RESIDUAL.value] = 0 if s.residual is None else s.residual.data_ptr()
             row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = length
+            row[table.WEIGHT_KEY.value], *keys = (key or 0 for key in s.keys or (0,))
+            row[table.KEYS.value : table.KEYS.value + len(keys)] = keys
             row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
-            row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, -(-n // table.CHUNK)
+            row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, programs
             row[table.MASK.value] = 0 if s.mask is None else s.mask.data_ptr()
             if s.ema is not None and s.ema_step is not None:
                 row[table.EMA.value], row[table.EMA_STEP.value] = s.ema.data_ptr(), tagged_address(s.ema_step)
-            for j, slot in enumerate(s.slots):
+            for j, (slot, scale) in enumerate(zip_longest(s.slots, s.scales)):
                 row[table.SLOTS.value + 2 * j] = slot.data_ptr()
+                row[table.SLOTS.value + 2 * j + 1] = 0 if scale is None else scale.data_ptr()
             for j, number in enumerate(s.numbers):
                 row[table.LAST.value - j] = tagged_address(number)
             partials += -(-n // table.NORM_CHUNK)
-            chunks += -(-n // table.CHUNK)
+            chunks += programs
         self.n_chunks, self.n_partials = chunks, partials
         if self.change is not None:
             self.change = torch.full((max(1, chunks), 2), torch.nan, dtype=torch.float64, device=self.device)
@@ -187,9 +193,19 @@ def programs(members: "Sequence[int] | np.ndarray", counts: np.ndarray) -> np.nd
 
 
 def _aligned(s: Segment) -> bool:
-    """Every address but the gradient's is a multiple of 16."""
-    tensors = [s.weight, *s.slots, s.residual, s.mask, s.ema]
-    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    """Every address but the gradient's is a multiple of 16, and every row one of a group, where there are groups."""
+    tensors = [s.weight, *s.slots, *s.scales, s.residual, s.mask, s.ema]
+    return not is_ragged(s) and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def is_ragged(s: Segment) -> bool:
+    """Whether state is quantised in groups that rows do not divide into."""
+    return any(form is not None for form in s.formats) and _row_length(s.weight) % table.SCALE_GROUP != 0
+
+
+def filled(length: int) -> int:
+    """Length of a row filled up to whole groups."""
+    return -(-length // table.SCALE_GROUP) * table.SCALE_GROUP
 
 
 def _row_length(t: Tensor) -> int:

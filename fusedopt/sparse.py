@@ -8,6 +8,7 @@ its moments then do not decay in between, its weight decay acts on touched rows,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from .groups import GroupOptions
 from .metrics import Metrics, Report
 from .norm import Sums
 from .plan import Segment
-from .rows import segment_counts
+from .rows import filled, segment_counts
 from .rule import Rule, switched_on
 from .tables import DeviceTables, Launch
 
@@ -55,7 +56,7 @@ class SparseTables(DeviceTables):
         """What follows the scalars launch depends on the rows touched."""
         out: list[Launch] = []
         for key, members in self._by(self._variant).items():
-            pairs = self._pairs(members, table.CHUNK)
+            pairs = self._pairs(members, table.MEASURE_COUNT.value)
             if len(pairs):
                 chunks = torch.from_numpy(pairs).to(self.device)
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
@@ -70,7 +71,8 @@ class SparseTables(DeviceTables):
         for row, (index, values) in zip(rows, self._found, strict=True):
             stored = values.numel() * (2 if values.is_complex() else 1)
             row[table.INDEX.value], row[table.NUMEL.value] = index.data_ptr(), stored
-            row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
+            length = row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
+            row[table.MEASURE_COUNT.value] = -(-stored // length * filled(length) // table.CHUNK)
         counts = -(-rows[:, table.NUMEL.value] // table.NORM_CHUNK)
         rows[:, table.NORM_COUNT.value], rows[:, table.NORM_START.value] = counts, np.cumsum(counts) - counts
         self.grads.array[:] = [values.data_ptr() for _, values in self._found]
@@ -86,8 +88,8 @@ class SparseTables(DeviceTables):
         super().run()
         self._found = []
 
-    def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
-        return torch.from_numpy(self._pairs(members, chunk)).to(self.device)
+    def _chunk_map(self, members: Sequence[int], counts: int, last_first: bool) -> Tensor:
+        return torch.from_numpy(self._pairs(members, counts)).to(self.device)
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""
@@ -100,7 +102,8 @@ class SparseTables(DeviceTables):
         return super().prepare_totals(kind)
 
     def _rows_spec(self, key: Any) -> launch.KernelSpec:
-        return launch.update_spec(f"{self.rule.name}_rows", self.rule.update, self._update_variant(key), "rows")
+        variant = replace(self._update_variant(key), rowwise=True, by_eight=False)
+        return launch.update_spec(f"{self.rule.name}_rows", self.rule.update, variant, "rows")
 
 
 class EagerRows:
@@ -160,8 +163,14 @@ def _gather(s: Segment, position: int, rows: Tensor, values: Tensor) -> Segment:
     def pick(t: Tensor) -> Tensor:
         return t.detach().view(-1, length * (t.numel() // s.weight.numel()) if len(rows) else 1)[rows]
 
+    def whole(t: Tensor) -> Tensor:
+        return t.view(t.shape[0], -1)[rows]
+
     small = Segment(s.param, s.group, position)
-    small.weight, small.slots = pick(s.weight), [pick(t) for t in s.slots]
+    small.weight = pick(s.weight)
+    small.slots = [pick(t) if form is None else whole(t) for t, form in zip(s.slots, s.formats, strict=True)]
+    small.scales = [None if t is None else whole(t) for t in s.scales]
+    small.formats, small.weight_format, small.keys, small.rows = s.formats, s.weight_format, s.keys, rows
     small.counter, small.numbers = s.counter, s.numbers
     small.residual = None if s.residual is None else pick(s.residual)
     small.mask = None if s.mask is None else pick(s.mask).reshape(-1)
@@ -170,4 +179,4 @@ def _gather(s: Segment, position: int, rows: Tensor, values: Tensor) -> Segment:
 
 def _written(s: Segment) -> list[Tensor]:
     """What a step changes."""
-    return [s.weight.detach(), *s.slots, *([] if s.residual is None else [s.residual])]
+    return [s.weight.detach(), *s.slots, *(t for t in (*s.scales, s.residual) if t is not None)]

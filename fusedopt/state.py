@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
-from fusedopt_kernels.param import split16
+from fusedopt_kernels.param.format import WeightFormat
+from fusedopt_kernels.state.format import StateFormat
 
 from . import layout
+from .encoded import encode, keys, recognise, values, zeros
+from .formats import LOW, REAL, WEIGHTS, rounds_at_random, slot_storage, weight_format
 from .rule import Slot
 from .upload import capturing
 
@@ -28,61 +31,141 @@ MASK = "update_mask"
 
 
 def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions") -> None:
-    """Create what is missing of a segment's state and hand the segment its tensors."""
-    p, rule = segment.param, options.rule
+    """Create what is missing of a segment's state, convert what is in another format, hand the segment its tensors."""
+    p, rule, chosen = segment.param, options.rule, options.options
+    segment.weight_format = weight_format(p, chosen)
+    counts = rule.counts_in_state or _draws(segment, options)
+    beside = None if segment.weight_format is None else segment.weight_format.key
     has_state = isinstance(optimizer.state.get(p), dict)
-    if has_state or options.slots or rule.counts_in_state or "weights" in options.options:
-        state = optimizer.state[p]
-    else:
-        state = {}
+    state = optimizer.state[p] if has_state or options.slots or counts or beside else {}
     if capturing():
-        _check_ready(optimizer, p, state, options)
-    fresh = all(state.get(slot.name) is None for slot in options.slots)
-    if rule.counts_in_state:
+        _check_ready(optimizer, segment, state, options, counts)
+    fresh = all(state.get(slot.name) is None and state.get(keys(slot.name)[0]) is None for slot in options.slots)
+    if counts:
         state["step"] = number_tensor(state.get("step", 0.0), p.device)
         segment.counter = state["step"]
     elif options.slots:
         segment.counter = _hidden_counter(optimizer, p, fresh)
     for slot in options.slots:
-        like = _like(slot, segment)
-        if like is not None:
-            have = state.get(slot.name)
-            if have is None:
-                have = _make_slot(slot, like, segment, options)
-            state[slot.name] = _fit(slot.name, have, like)
-            segment.slots.append(state[slot.name])
+        if (like := _like(slot, segment)) is not None:
+            _take_slot(slot, like, segment, state, options)
     for slot in rule.scalar_slots:
         have = state.get(slot.name)
         state[slot.name] = number_tensor(_initial(slot, options) if have is None else have, p.device, slot.wide)
         segment.numbers.append(state[slot.name])
     if state.get(MASK) is not None:
-        state[MASK] = _fit(MASK, state[MASK], segment.weight, (torch.bool,))
+        state[MASK] = fit(MASK, state[MASK], segment.weight, (torch.bool,))
         segment.mask = layout.flat(state[MASK]).view(torch.uint8)
         if p.is_complex():  # one byte for each part
             segment.mask = segment.mask.repeat_interleave(2)
-    if options.options.get("weights") == "split16":
-        split16.codec(p.dtype)
-        have = state.get("param_residual")
-        state["param_residual"] = (
-            split16.initial_residual(segment.weight)
-            if have is None
-            else _fit("param_residual", have, segment.weight, (torch.int16,))
-        )
-        segment.residual = state["param_residual"]
+    take_residual(segment, state)
 
 
-def _check_ready(optimizer: "Stepper", p: Tensor, state: dict[str, Any], options: "GroupOptions") -> None:
+def _draws(segment: "Segment", options: "GroupOptions") -> bool:
+    """Whether random or dithered numbers round anything of a parameter; they go by its step count."""
+    p, chosen = segment.param, options.options
+    state = chosen.get("state_rounding") == "stochastic" and p.dtype in REAL and bool(options.slots)
+    kept = (slot_storage(slot, p, chosen) for slot in options.slots)
+    dithered = any(isinstance(x, StateFormat) and x.dithered for x in kept)
+    return state or dithered or rounds_at_random(segment.weight_format, chosen)
+
+
+def _take_slot(slot: Slot, like: Tensor, segment: "Segment", state: dict[str, Any], options: "GroupOptions") -> None:
+    """Values, scales and format of a slot, in the state and in the segment."""
+    p = segment.param
+    storage, codes_key = slot_storage(slot, p, options.options), keys(slot.name)
+    if isinstance(storage, StateFormat):
+        if state.get(codes_key[0]) is None or recognise(state, slot, p.shape) is not storage:
+            have = values(state, slot, p.shape)
+            if have is None and slot.init == "zeros":
+                made = zeros(storage, like)
+            else:
+                have = (
+                    torch.full_like(like.detach(), _initial(slot, options), dtype=torch.float32)
+                    if have is None
+                    else have
+                )
+                made = encode(fit(slot.name, have, p).to(p.device, torch.float32), storage)
+            state.pop(slot.name, None)
+            state.update(zip(codes_key, made, strict=True))
+        for key in codes_key:
+            state[key] = state[key].to(p.device).contiguous()
+        segment.slots.append(state[codes_key[0]])
+        segment.scales.append(state[codes_key[1]])
+        segment.formats.append(storage)
+        return
+    have = values(state, slot, p.shape) if slot.shape is None else state.get(slot.name)
+    if have is None:
+        have = _make_slot(slot, like, segment, options, storage)
+    elif options.options.get("state_dtype") is not None and not have.is_complex():
+        have = have.to(storage)
+    for key in codes_key:
+        state.pop(key, None)
+    state[slot.name] = fit(slot.name, have, like)
+    segment.slots.append(state[slot.name])
+    segment.scales.append(None)
+    segment.formats.append(None)
+
+
+def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
+    """What the weight's format keeps beside the weight, in the state and in the segment; other formats' is converted.
+
+    Raises:
+        RuntimeError: it is in no known format.
+    """
+    form, p = segment.weight_format, segment.param
+    found = held_format(p, state)
+    if found is not None and found.key is not None and found is not form:
+        beside = fit(found.key, state.pop(found.key), p, (found.dtype_beside(p),))
+        if form is not None and form.key is not None:
+            x, made = found.load(p.detach(), beside.to(p.device)), torch.empty_like(p.detach())
+            state[form.key] = form.initial(made)
+            form.store(x, made, state[form.key], None)
+            p.detach().copy_(made)  # ties may be rounded another way
+    if form is None or form.key is None:
+        return
+    have = state.get(form.key)
+    made = form.initial(p.detach()) if have is None else have
+    assert made is not None
+    state[form.key] = segment.residual = fit(form.key, made, segment.weight, (form.dtype_beside(p),))
+
+
+def held_format(p: Tensor, state: dict[str, Any]) -> WeightFormat | None:
+    """The format of a low-precision parameter that its state is of; None: plain or rounded stochastically.
+
+    Raises:
+        RuntimeError: there is something of no known format.
+    """
+    for key in ("param_residual", "master_param"):
+        have = state.get(key)
+        if isinstance(have, Tensor) and p.dtype in LOW:
+            for form in WEIGHTS.values():
+                if form.key == key and have.dtype == form.dtype_beside(p):
+                    return form
+            raise RuntimeError(
+                f"optimizer state {key!r} of dtype {have.dtype} belongs to no weight format of {p.dtype} parameters; "
+                "load a checkpoint of this model or clear optimizer.state"
+            )
+    return None
+
+
+def _check_ready(
+    optimizer: "Stepper", segment: "Segment", state: dict[str, Any], options: "GroupOptions", counts: bool
+) -> None:
     """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
-    rule = options.rule
-    slots = [slot for slot in options.slots if slot.shape is None or slot.shape(p) is not None]
-    needed = [state.get(slot.name) for slot in (*slots, *rule.scalar_slots)]
+    p, rule, form = segment.param, options.rule, segment.weight_format
+    needed = [state.get(slot.name) for slot in rule.scalar_slots]
+    for slot in options.slots:
+        if slot.shape is None or slot.shape(p) is not None:
+            quantised = isinstance(slot_storage(slot, p, options.options), StateFormat)
+            needed.extend(state.get(key) for key in (keys(slot.name) if quantised else (slot.name,)))
     needed.extend([state[MASK]] if state.get(MASK) is not None else [])
-    if rule.counts_in_state:
+    if counts:
         needed.append(state.get("step"))
     elif options.slots:
         needed.append(optimizer._counters.get(p))
-    if "weights" in options.options:
-        needed.append(state.get("param_residual"))
+    if form is not None and form.key is not None:
+        needed.append(state.get(form.key))
     if not all(isinstance(have, Tensor) and have.device == p.device for have in needed):
         raise RuntimeError(
             f"a parameter of shape {tuple(p.shape)} has no optimizer state on {p.device} yet, and a CUDA graph that "
@@ -98,18 +181,14 @@ def _like(slot: Slot, segment: "Segment") -> Tensor | None:
     return None if shape is None else segment.weight.new_empty(shape)
 
 
-def _make_slot(slot: Slot, like: Tensor, segment: "Segment", options: "GroupOptions") -> Tensor:
-    dtype = options.options.get("state_dtype", {}).get(slot.name)
-    if dtype is None and "weights" in options.options:
-        dtype = torch.float32
-    if dtype is None:
-        dtype = segment.param.dtype
-        if slot.kind == "nonnegative" and dtype in (torch.bfloat16, torch.float16):
-            layout.warn_once(
-                "low-precision average",
-                f"state {slot.name!r} takes its parameter's dtype, {dtype}, as torch.optim does: a running average "
-                "of squares gets stuck at that precision; keep parameters in fp32 where you can",
-            )
+def _make_slot(slot: Slot, like: Tensor, segment: "Segment", options: "GroupOptions", dtype: torch.dtype) -> Tensor:
+    told = any(name in options.options for name in ("state_dtype", "state_rounding"))
+    if slot.kind == "nonnegative" and dtype in LOW and not told:
+        layout.warn_once(
+            "low-precision average",
+            f"state {slot.name!r} takes its parameter's dtype, {dtype}, as torch.optim does: a running average of "
+            "squares gets stuck at that precision; pass state_dtype='float32' or 'int8', or master_weights",
+        )
     state = torch.zeros_like(like.detach(), dtype=dtype, memory_format=torch.preserve_format)
     if slot.init == "param":
         return state.copy_(segment.param.detach())
@@ -125,7 +204,7 @@ def _initial(slot: Slot, options: "GroupOptions") -> float:
     return float(slot.init)
 
 
-def _fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+def fit(name: str, have: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
     """State on the parameter's device and in its layout; values and dtype stay. dtypes: () for any of wide.py's."""
     dtypes = dtypes or (tuple(REAL_TYPE) if weight.is_complex() else FLOAT_TYPES)
     if have.shape != weight.shape or have.dtype not in dtypes:

@@ -7,6 +7,7 @@ read last, which is still in L2.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from operator import attrgetter
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from fusedopt_kernels import launch, table
 from fusedopt_kernels.grad import coefficient, l1, l2, limit, maximize
 from fusedopt_kernels.numerics import compute_type
-from fusedopt_kernels.param import plain, split16
+from fusedopt_kernels.param import plain
+from fusedopt_kernels.param.format import WeightFormat
 from fusedopt_kernels.state import wide
 
 from .groups import GroupOptions
 from .numbers import Shared
 from .plan import Segment
-from .rows import Rows, programs
+from .rows import Rows, is_ragged, programs
 from .rule import Rule
 
 Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
@@ -31,8 +33,10 @@ Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
 
 _grad_dtype = attrgetter("grad_dtype")
 
-WEIGHTS: dict[str | None, Any] = {None: plain, "split16": split16}
-"""Weight formats by name."""
+
+def weight_codec(form: WeightFormat | None, dtype: torch.dtype, random: bool = False) -> tuple[Any, ...]:
+    """Device codec of weights of a dtype; None: plain ones."""
+    return plain.codec(dtype) if form is None else form.codec(dtype, random)
 
 
 def transforms(group: GroupOptions, scaled: bool) -> tuple[Any, ...]:
@@ -79,7 +83,7 @@ class DeviceTables(Rows):
     def _norm_launches(self, kind: int, with_totals: bool) -> list[Launch]:
         out: list[Launch] = []
         for dtype, members in ({} if self.summed else self._by(_grad_dtype)).items():
-            chunks = self._chunk_map(members, table.NORM_CHUNK, False)
+            chunks = self._chunk_map(members, table.NORM_COUNT.value, False)
             if len(chunks):
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.partials)
                 out.append((launch.norm_spec(dtype, kind), len(chunks), args))
@@ -112,7 +116,7 @@ class DeviceTables(Rows):
         """What follows the scalars launch."""
         out: list[Launch] = []
         for key, members in self._by(self._variant).items():
-            chunks = self._chunk_map(members, table.CHUNK, True)
+            chunks = self._chunk_map(members, table.MEASURE_COUNT.value, True)
             if len(chunks):
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
                 out.extend((spec, len(chunks), args) for spec in self._update_specs(key))
@@ -131,8 +135,12 @@ class DeviceTables(Rows):
             group.variant,
             s.weight.dtype,
             s.grad_dtype,
-            tuple(slot.dtype for slot in s.slots),
-            group.options.get("weights"),
+            tuple(
+                (t.dtype, form, key is not None)
+                for t, form, key in zip_longest(s.slots, s.formats, s.keys[1 : 1 + len(s.slots)])
+            ),
+            (s.weight_format, s.keys[:1] not in ((), (None,))),
+            is_ragged(s),
             tuple(t.apply for t in transforms(group, self.use.with_norm or self.use.scaled)),
             (group.cautious, group.cautious_decay, s.mask is not None, s.ema is not None, self.change is not None),
         )
@@ -147,27 +155,30 @@ class DeviceTables(Rows):
         return [launch.update_spec(f"{rule.name}_measure", measure, variant, "measure"), update]
 
     def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
-        rule, (structure, dtype, grad, slots, weights, applied, switches) = self.rule, key
+        rule, (structure, dtype, grad, slots, (weights, random), ragged, applied, switches) = self.rule, key
         return launch.UpdateVariant(
             structure=structure,
-            weight=WEIGHTS[weights].codec(dtype),
-            states=tuple(wide.codec(slot) for slot in slots),
+            weight=weight_codec(weights, dtype, random),
+            states=tuple(wide.codec(kept, noisy) if form is None else form.codec(noisy) for kept, form, noisy in slots),
             transforms=applied,
             grad=grad,
             compute=compute_type(dtype),
             n_scalars=rule.n_scalars,
             n_norms=rule.n_norms,
+            exact=all(form is None for _, form, _ in slots),
+            rowwise=ragged,
+            by_eight=not ragged,
             switches=switches,
         )
 
-    def _chunk_map(self, members: Sequence[int], chunk: int, last_first: bool) -> Tensor:
+    def _chunk_map(self, members: Sequence[int], counts: int, last_first: bool) -> Tensor:
         """`_pairs` on the device, kept as long as the plan."""
-        pairs = self._pairs(members, chunk)
+        pairs = self._pairs(members, counts)
         return self._constant((pairs[::-1] if last_first else pairs).copy())
 
-    def _pairs(self, members: Sequence[int], chunk: int) -> np.ndarray:
-        """(segment, chunk) of every program, int32, for the segments of one launch."""
-        return programs(members, -(-self.rows.array[np.array(members), table.NUMEL.value] // chunk))
+    def _pairs(self, members: Sequence[int], counts: int) -> np.ndarray:
+        """(segment, chunk) of every program, int32, for the segments of one launch; counts: column of their chunks."""
+        return programs(members, self.rows.array[np.array(members), counts])
 
     def prepare(self) -> int:
         """Compile what a step would launch; returns how many kernels were not ready."""

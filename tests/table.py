@@ -106,8 +106,8 @@ TORCH_RULES = tuple(row for row in RULES if row.in_torch)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
 FORMATS: dict[str, dict[str, Any]] = {
-    "bf16 state": {"state_dtype": {"exp_avg": torch.bfloat16, "momentum_buffer": torch.bfloat16}},
-    "split16 weights": {"weights": "split16"},
+    "bf16 state": {"state_dtype": "bfloat16"},
+    "split16 weights": {"master_weights": "split16"},
     "norm and coefficient": {"clip_grad_norm": 0.5},
     "skip": {"skip_nonfinite": True},
 }

@@ -27,7 +27,7 @@ def held(optimizer: Any, p: torch.Tensor) -> torch.Tensor:
     """What a parameter's format holds, in the dtype of its average."""
     p, residual = p.detach(), optimizer.state.get(p, {}).get("param_residual")
     if residual is not None:
-        return split16.join_eager(p, residual)
+        return split16.load_eager(p, residual)
     return p.to(p.dtype if p.is_complex() else compute_type(p.dtype), copy=True)
 
 
@@ -152,7 +152,7 @@ def test_layouts_and_chunks(dtype: torch.dtype, backend: str, device: str) -> No
 def test_split_weights_are_averaged_whole(backend: str, device: str) -> None:
     """Also on a step that leaves them without a gradient."""
     optimizer = fusedopt.AdamW(parameters(device, *SHAPES, dtype=torch.bfloat16), backend=backend)  # pyright: ignore[reportArgumentType] # one of BACKENDS
-    private(optimizer, weights="split16", ema_decay=0.9)
+    private(optimizer, master_weights="split16", ema_decay=0.9)
     follower = Follower(optimizer)
     for t in range(4):
         give_gradients(t, params_of(optimizer))

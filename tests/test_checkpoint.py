@@ -154,7 +154,7 @@ def test_a_copy_shares_its_parameters_with_a_copied_module(device: str) -> None:
 def test_private_options_survive(name: str, backend: str, device: str) -> None:
     """They come back from a file, and stay when a file without them is loaded."""
     row = RULES[7]
-    dtype = torch.bfloat16 if "weights" in FORMATS[name] else torch.float32
+    dtype = torch.bfloat16 if "master_weights" in FORMATS[name] else torch.float32
 
     def make(params: Any) -> Any:
         return private(row.cls(params, **row.options, backend=backend), **FORMATS[name])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table import FORMATS, RULES, private
 
-from fusedopt import blocks, values
+from fusedopt import blocks, ports, values
 from fusedopt.blocks import BLOCK, GRAIN, Lane
 from fusedopt.values import NUMPY, TORCH, Program, Tape, Values, maximum_eager, sqrt_eager
 
@@ -158,7 +158,7 @@ def test_inference_mode(dtype: torch.dtype, count: int, threads: Callable[[int],
     threads(count)
     with torch.inference_mode():
         p = torch.nn.Parameter(torch.ones(2 * BLOCK, dtype=dtype))
-        port = blocks.Port(p, torch.float32)
+        port = ports.Port(p, torch.float32)
 
         def rewrite(task: blocks.Task, lane: Lane) -> None:
             array = port.load(task.low, task.high, lane)

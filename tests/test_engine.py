@@ -86,12 +86,15 @@ def test_bf16_state_is_bf16_and_split16_is_exact(device: str) -> None:
         lambda p, backend: row.cls(p, **row.options, backend=backend), torch.float32, device, **FORMATS["bf16 state"]
     )
     state = next(iter(kernels.state.values()))
-    assert state["exp_avg"].dtype == torch.bfloat16 and state["exp_avg_sq"].dtype == torch.float32
+    assert state["exp_avg"].dtype == torch.bfloat16 and state["exp_avg_sq"].dtype == torch.bfloat16
 
     low, full = parameters(torch.bfloat16, device), parameters(torch.bfloat16, device)
     full = [torch.nn.Parameter(p.detach().float()) for p in full]
-    a, b = private(row.cls(low, **row.options, backend="triton"), weights="split16"), row.cls(full, **row.options)
-    from fusedopt_kernels.param.split16 import join_eager
+    a, b = (
+        private(row.cls(low, **row.options, backend="triton"), master_weights="split16"),
+        row.cls(full, **row.options),
+    )
+    from fusedopt_kernels.param.split16 import load_eager
 
     for step in range(5):
         set_gradients([low], step)
@@ -100,7 +103,7 @@ def test_bf16_state_is_bf16_and_split16_is_exact(device: str) -> None:
         a.step()
         b.step()
     for p, q in zip(low, full, strict=True):
-        assert torch.equal(join_eager(p.detach(), a.state[p]["param_residual"]), q.detach())
+        assert torch.equal(load_eager(p.detach(), a.state[p]["param_residual"]), q.detach())
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_bytes_are_those_of_the_formats(arch: str, row: tuple[Configuration, flo
 @pytest.mark.compiled
 def test_split_weights_and_a_norm_are_counted() -> None:
     subject = build(Configuration("adamw", {}, "bfloat16", "bfloat16"))
-    private(subject.optimizer, clip_grad_norm=1.0, weights="split16")
+    private(subject.optimizer, clip_grad_norm=1.0, master_weights="split16")
     kernels = [compiled.inspect_kernel(subject, launched, "sm_90") for launched in record(subject)]
     assert [kernel.name for kernel in kernels] == ["norm", "adamw_scalars", "adamw"]
     assert per_param(kernels[0]) == dict.fromkeys(CASES, (2.0, 0.0))

@@ -62,14 +62,14 @@ def run(row: RuleRow, dtype: torch.dtype, backend: str, device: str, switches: d
     optimizer = row.cls([p], **options, backend=backend)
     if switches:
         private(optimizer, **switches)
-    split = "weights" in switches
+    split = "master_weights" in switches
     for step in (1, 2):
         zero_step(optimizer)
         changed = (bits(p) != before).nonzero().flatten().tolist()
         assert not changed, (p.tolist(), changed)
         state = optimizer.state[p]
         if split:
-            assert torch.equal(state["param_residual"], split16.initial_residual(p))
+            assert torch.equal(state["param_residual"], split16.initial(p))
         expected = {slot.name for slot in (*rule.slots(group), *rule.scalar_slots)}
         expected |= {"step"} if rule.counts_in_state else set()
         expected |= {"param_residual"} if split else set()
@@ -88,7 +88,7 @@ EVERYTHING += [
 @pytest.mark.parametrize(("row", "switches", "options"), EVERYTHING, ids=str)
 @pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 def test_eager(row: RuleRow, switches: str, options: str, device: str) -> None:
-    split = "weights" in SWITCHES[switches]
+    split = "master_weights" in SWITCHES[switches]
     dtypes = (torch.bfloat16,) if split else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for dtype in dtypes:
         run(row, dtype, "eager", device, SWITCHES[switches], **OPTIONS[options])
@@ -99,7 +99,7 @@ def test_eager(row: RuleRow, switches: str, options: str, device: str) -> None:
 @pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 def test_kernels(row: RuleRow, switches: str, device: str) -> None:
     """One run each; that kernels and twins agree under every option is test_engine.py's matter."""
-    dtype = torch.bfloat16 if "weights" in SWITCHES[switches] else torch.float32
+    dtype = torch.bfloat16 if "master_weights" in SWITCHES[switches] else torch.float32
     run(row, dtype, "triton", device, SWITCHES[switches], **OPTIONS["decay and maximize"])
 
 

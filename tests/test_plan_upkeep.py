@@ -10,7 +10,6 @@ import torch
 from compare import BACKENDS, THREE, assert_close, assert_equal, give_gradients, parameters, params_of, train, uniform
 from table import RULES, RuleRow, private
 
-import fusedopt.plan as plan_module
 from fusedopt_kernels import launch, table
 
 SGD, ADAMW = THREE[0], THREE[2]
@@ -207,7 +206,7 @@ def test_a_plan_keeps_no_parameter_alive_that_left(row: RuleRow, device: str) ->
     assert gone() is None
 
 
-@pytest.mark.parametrize("guard", [plan_module.guard_of, plan_module.AttributeGuard])
+@pytest.mark.parametrize("guard", [guard_module.guard_of, guard_module.AttributeGuard])
 def test_both_guards_see_the_same_changes(guard: Any) -> None:
     """The fast guard is torch-private; the one in Python stands in where it is missing."""
     tensors = [torch.nn.Parameter(torch.zeros(4, 3)), torch.zeros(4, dtype=torch.complex64)]

@@ -99,14 +99,16 @@ def build(configuration: Configuration, sizes: Sequence[tuple[int, int]] = tuple
     return Subject(optimizer, params)
 
 
-def make_optimizer(configuration: Configuration, params: list[torch.Tensor]) -> FusedOptimizer:
+def make_optimizer(
+    configuration: Configuration, params: Sequence[Any], command_options: Sequence[str] = COMMAND_OPTIONS
+) -> FusedOptimizer:
     """The configuration's optimizer on the Triton backend; whatever its class refuses becomes a `BadInput`."""
     cls = getattr(fusedopt, RULES[configuration.rule])
     own = (name for name in inspect.signature(cls).parameters if name not in ("params", "options"))
     known = [*own, *(name for name in options.Options.__annotations__ if name != "backend")]
     for name in configuration.arguments:
         if name not in known:
-            close = difflib.get_close_matches(name, (*known, *COMMAND_OPTIONS), n=1)
+            close = difflib.get_close_matches(name, (*known, *command_options), n=1)
             hint = f"did you mean {_flag(close[0])}?" if close else "it takes " + ", ".join(map(_flag, known))
             raise BadInput(f"{configuration.rule} has no option {_flag(name)}; {hint}")
     try:

@@ -32,6 +32,7 @@ Examples:
   fusedopt train --text *.txt --steps 2000 --hidden-size 256 --out runs/mine
   fusedopt train --optimizer sgd --lr 0.2 --schedule linear --compare torch
   fusedopt train --clip 0.5 --ema 0.999 --amp bf16
+  fusedopt train --dtype bf16 --master split8 --state int8
   fusedopt train --resume
   fusedopt train --backend triton            (without a GPU: interpreted, tiny model)
 """
@@ -104,9 +105,10 @@ def start(
     for line in [*introduction(config, text, environment, step), *(f"not bit-exact: {note}" for note in inexact)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     with progress.ProgressView(console, config, step) as view:
-        names, stopped_by = loop.run(config, text, folder, environment, saved, view)
+        trainers, stopped_by = loop.run(config, text, folder, environment, saved, view)
+    names = {library: trainer.name for library, trainer in trainers.items()}
     plot.plot_run(folder, metrics.read(folder), names, config.clip)
-    progress.report(console, loop.summarise(folder, names), folder, view.seconds)
+    progress.report(console, loop.summarise(folder, trainers), folder, view.seconds)
     if stopped_by:
         click.echo("fusedopt: stopped; continue with --resume", err=True)
         return 128 + stopped_by
@@ -121,10 +123,12 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
     kernels = {"eager": "eager backend"}.get(config.backend, f"Triton kernels {environment['kernels']}")
     clip = f", clipped at {config.clip:g}" if config.clip > 0 else ""
     ema = f", weights averaged with decay {config.ema:g}" if config.ema > 0 else ""
+    master = f", master weights {config.master}{_rounding(config.master_rounding)}" if config.master != "off" else ""
+    state = f", state {config.state}{_rounding(config.state_rounding)}" if config.state != "auto" else ""
     lines = [
         f"text: {source}, {len(text.train) / 1e6:.2f} MB training + {len(text.validation) / 1e6:.2f} MB validation",
         f"model: {size}, {config.dtype}{'' if config.amp == 'off' else ', autocast ' + config.amp}; {batch}",
-        f"optimizer: {config.optimizer}{clip}{ema}, {kernels} on {environment['processor']}, "
+        f"optimizer: {config.optimizer}{clip}{ema}{master}{state}, {kernels} on {environment['processor']}, "
         f"threads: {environment['threads']}",
     ]
     if step == config.steps:
@@ -132,6 +136,10 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
     elif step:
         lines.append(f"resuming at step {step}")
     return lines
+
+
+def _rounding(name: str) -> str:
+    return "" if name == "none" else f" (rounded {'at random' if name == 'stochastic' else 'to nearest'})"
 
 
 def pick_device(wanted: str, saved: TrainConfig | None) -> str:

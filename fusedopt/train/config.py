@@ -10,10 +10,13 @@ from .errors import BadInput
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 SCHEDULES = ("constant", "linear", "cosine")
+MASTERS = ("off", "float32", "split16", "split8", "kahan", "stochastic")
+STATES = ("auto", "float32", "bfloat16", "float16", "int8", "float8", "float8_e5m2", "int4")
+ROUNDINGS = ("nearest", "stochastic")
 DEFAULT_OUT = "runs/train"
 
 # A resumed run can never change these: the saved tensors would not fit.
-STRUCTURE = ("optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "compare")
+STRUCTURE = ("optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "master", "state", "compare")
 # These do not touch the weights; `text` is compared by its hash instead of its name.
 FREE = ("out", "text", "val_interval", "val_batches", "log_interval", "checkpoint_interval")
 
@@ -29,7 +32,7 @@ SIZES: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run. Sizes are counts; `lr` is per step; `clip` is in gradient units; `clip` and `ema`:
-    0 = off.
+    0 = off. The roundings are "none" where nothing is rounded.
     """
 
     text: tuple[str, ...]
@@ -52,6 +55,10 @@ class TrainConfig:
     seed: int
     device: str
     dtype: str
+    master: str
+    master_rounding: str
+    state: str
+    state_rounding: str
     amp: str
     backend: str
     compare: str
@@ -70,6 +77,11 @@ class TrainConfig:
         """Whether gradients that are not finite cost a step instead of the run."""
         chosen = self.optimizer_args
         return self.amp == "fp16" or bool(chosen.get("skip_nonfinite")) or chosen.get("skip_norm_above") is not None
+
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether the optimizer draws random numbers."""
+        return self.master == "stochastic" or "stochastic" in (self.master_rounding, self.state_rounding)
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -94,9 +106,11 @@ def resolve(given: dict[str, Any], device: str, optimizer_defaults: dict[str, di
     steps = values.get("steps", size["steps"])
     lr = values.get("lr", rule.pop("lr"))
     dtype = values.get("dtype", "fp32")
+    master, state = values.get("master", "off"), values.get("state", "auto")
     defaults: dict[str, Any] = dict(
         size, text=(), optimizer=optimizer, lr=lr, weight_decay=rule.pop("weight_decay"), schedule="cosine",
         warmup_steps=steps // 20, min_lr=lr / 10, clip=1.0, ema=0.0, seed=0, dtype=dtype, compare="none",
+        master=master, state=state, **default_roundings(master, state),
         amp="bf16" if gpu and dtype == "fp32" else "off",
         val_interval=max(1, steps // 10), val_batches=8, log_interval=10 if gpu else 1,
         checkpoint_interval=max(1, steps // 10), out=DEFAULT_OUT,
@@ -107,13 +121,24 @@ def resolve(given: dict[str, Any], device: str, optimizer_defaults: dict[str, di
     return config
 
 
+def default_roundings(master: str, state: str) -> dict[str, str]:
+    """How the optimizer rounds 24-bit weights and inexact state when nothing else is said."""
+    return {
+        "master_rounding": "stochastic" if master == "split8" else "none",
+        "state_rounding": "none" if state in ("auto", "float32") else "nearest",
+    }
+
+
 def override(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The saved settings with those that the user gave again. `backend="auto"` keeps the saved one."""
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("backend") == "auto":
         del values["backend"]
     values["optimizer_args"] = {**saved.optimizer_args, **values.get("optimizer_args", {})}
-    config = from_dict({**saved.as_dict(), **values})
+    before = saved.as_dict()
+    if any(name in values and values[name] != before[name] for name in ("master", "state")):
+        before.update(default_roundings(values.get("master", saved.master), values.get("state", saved.state)))
+    config = from_dict({**before, **values})
     check(config)
     return config
 
@@ -150,6 +175,21 @@ def check(config: TrainConfig) -> None:
         )
     if config.amp != "off" and config.dtype != "fp32":
         raise BadInput(f"--amp {config.amp} is for fp32 weights, not for --dtype {config.dtype}")
+    check_formats(config)
+
+
+def check_formats(config: TrainConfig) -> None:
+    """Raise BadInput for a format of weights or state that would do nothing."""
+    if config.master != "off" and config.dtype != "bf16":
+        raise BadInput(f"--master {config.master} is for bf16 weights, not for {config.dtype}: add --dtype bf16")
+    if config.state != "auto" and config.dtype == "fp64":
+        raise BadInput(f"--state {config.state} is for fp32 and bf16 weights, not for --dtype fp64")
+    if config.master_rounding != "none" and config.master != "split8":
+        raise BadInput(f"--master-rounding {config.master_rounding} does nothing without --master split8")
+    if config.state_rounding != "none" and config.state in ("auto", "float32"):
+        raise BadInput(
+            f"--state-rounding {config.state_rounding} does nothing without a --state that rounds, such as int8"
+        )
 
 
 def option(name: str) -> str:

@@ -67,8 +67,8 @@ def make_deterministic(device: str) -> None:
 
 def run(
     config: TrainConfig, text: Text, folder: Path, environment: dict[str, Any], saved: dict[str, Any] | None, view: View
-) -> tuple[dict[str, str], int]:
-    """Train from `saved`, or from the start: the optimizers' names, and 0 or the signal that stopped the run."""
+) -> tuple[dict[str, Trainer], int]:
+    """Train from `saved`, or from the start: the trainers, and 0 or the signal that stopped the run."""
     make_deterministic(config.device)
     libraries = ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",)
     trainers = {library: Trainer(config, library, text) for library in libraries}
@@ -84,7 +84,7 @@ def run(
             _train(config, trainers, log, folder, environment, view, stop)
     finally:
         log.close()
-    return {library: trainer.name for library, trainer in trainers.items()}, stop.signal_number
+    return trainers, stop.signal_number
 
 
 def _train(
@@ -177,23 +177,24 @@ def _write(log: MetricsLog, view: View, rows: Rows) -> None:
     view.update(rows)
 
 
-def summarise(folder: Path, names: dict[str, str]) -> dict[str, Any]:
-    """The run so far, from metrics.jsonl, also written to summary.json. Times are medians in milliseconds; metrics are
-    those that were read last.
+def summarise(folder: Path, trainers: dict[str, Trainer]) -> dict[str, Any]:
+    """The run so far, mostly from metrics.jsonl, also written to summary.json. Times are medians in milliseconds;
+    metrics are those that were read last.
     """
     rows = read(folder)
     summary: dict[str, Any] = {"step": max((row["step"] for row in rows), default=0), "runs": {}}
-    for library, name in names.items():
+    for library, trainer in trainers.items():
         own = [row for row in rows if row["run"] == library]
         validation = [row["val_loss"] for row in own if "val_loss" in row]
         averaged = [row["val_loss_ema"] for row in own if "val_loss_ema" in row]
         timed = [row for row in own if row["step"] > 1] or [row for row in own if row["step"] > 0]
         summary["runs"][library] = {
-            "optimizer": name,
+            "optimizer": trainer.name,
             "val_loss_first": validation[0] if validation else None,
             "val_loss_last": validation[-1] if validation else None,
             "val_loss_ema_last": averaged[-1] if averaged else None,
             "metrics": {name: row[name] for row in own for name in METRICS if name in row},
+            "bytes_per_parameter": trainer.bytes_per_parameter(),
             "step_ms": statistics.median(row["step_ms"] for row in timed) if timed else None,
             "optimizer_ms": statistics.median(row["optimizer_ms"] for row in timed) if timed else None,
         }

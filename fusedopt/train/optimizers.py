@@ -29,7 +29,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 METRICS = ("grad_norm", "update_ratio")
 
 # Arguments that the command sets itself.
-RESERVED = ("params", "lr", "weight_decay", "backend", "clip_grad_norm", "ema_decay", "ema_warmup", "metrics")
+RESERVED = (
+    "params", "lr", "weight_decay", "backend", "clip_grad_norm", "ema_decay", "ema_warmup", "metrics", "master_weights",
+    "master_rounding", "state_dtype", "state_rounding", "seed",
+)  # fmt: skip
 
 
 def rule_name(name: str) -> str:
@@ -98,6 +101,7 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
             arguments["clip_grad_norm"] = config.clip
         if config.ema > 0:
             arguments.update(ema_decay=config.ema, ema_warmup=True)
+        arguments.update(formats(config))
     elif "fused" in accepted and not _fused_is_broken(config):
         arguments.setdefault("fused", True)
     for name in set(arguments) - set(accepted):
@@ -109,9 +113,31 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
         raise BadInput(f"--weight-decay: {class_name} has none")
     try:
         groups = parameter_groups(model, weight_decay, muon=config.optimizer == "muon" and library == "fusedopt")
-        return optimizer_class(groups, **arguments)
+        optimizer = optimizer_class(groups, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{class_name}: {error}") from error
+    if library == "fusedopt" and config.state != "auto" and not _keeps_averages(optimizer):
+        raise BadInput(f"--state {config.state} does nothing: {class_name} keeps no averages with these arguments")
+    return optimizer
+
+
+def formats(config: TrainConfig) -> dict[str, Any]:
+    """How fusedopt stores weights and state, as its optimizers' arguments; the run's seed where it draws numbers."""
+    arguments: dict[str, Any] = {}
+    if config.master != "off":
+        arguments["master_weights"] = config.master
+    if config.state != "auto":
+        arguments["state_dtype"] = config.state
+    for name in ("master_rounding", "state_rounding"):
+        if getattr(config, name) != "none":
+            arguments[name] = getattr(config, name)
+    return {**arguments, "seed": config.seed} if config.rounds_at_random else arguments
+
+
+def _keeps_averages(optimizer: fusedopt.FusedOptimizer) -> bool:
+    """Whether there is state whose format can be chosen."""
+    slots = (slot for group in optimizer.param_groups for slot in optimizer.rule.slots(group))
+    return any(slot.kind in ("signed", "nonnegative") for slot in slots)
 
 
 def _metrics(config: TrainConfig, optimizer_class: type[fusedopt.FusedOptimizer]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .config import DEFAULT_OUT, DTYPES, SCHEDULES, SIZES
+from .config import DEFAULT_OUT, DTYPES, MASTERS, ROUNDINGS, SCHEDULES, SIZES, STATES
 
 
 class SectionOption(click.Option):
@@ -82,7 +82,7 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
     "Training": [
         _option("--steps", f"Optimizer steps. {by_machine('steps')}", int),
         _option("--batch-size", f"Sequences per step. {by_machine('batch_size')}", int),
-        _option("--seed", "Seed of weights, data order and dropout. [0]", int),
+        _option("--seed", "Seed of weights, data order, dropout and random rounding. [0]", int),
         _option("--dtype", "Data type of the weights. [fp32]", _choice(*DTYPES)),
         _option("--amp", "Autocast of the forward pass; fp16 with a dynamic loss scale (slow without a GPU). [off; on "
                 "a GPU bf16]", _choice("off", "bf16", "fp16")),
@@ -99,6 +99,12 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
         _option("--warmup-steps", "Steps of linear warm-up. [5 % of the steps]", int),
         _option("--min-lr", "Learning rate at the end of linear and cosine. [lr / 10]", float),
         _option("--weight-decay", "Weight decay of the matrices. [adamw 0.1, others 0]", float),
+        _option("--master", "How bf16 weights keep what rounding would lose: in an fp32 copy, 16 (exact) or 8 bits "
+                "beside them, Kahan's compensation, or by rounding at random. [off]", _choice(*MASTERS)),
+        _option("--master-rounding", "How --master split8 rounds to its 24 bits. [stochastic]", _choice(*ROUNDINGS)),
+        _option("--state", "How the optimizer's averages are stored. [auto: like the weights, fp32 with --master]",
+                _choice(*STATES)),
+        _option("--state-rounding", "How a --state below fp32 is rounded. [nearest]", _choice(*ROUNDINGS)),
         _option("--optimizer-arg", "Another argument of the optimizer's class, such as betas=(0.9,0.99); repeatable. "
                 "[sgd: momentum=0.9]", multiple=True, metavar="NAME=VALUE"),
         _option("--backend", "auto: triton on a GPU, else eager. triton without a GPU runs the kernels in Triton's "

@@ -87,6 +87,14 @@ class Trainer:
         model.train()
         return math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
+    def bytes_per_parameter(self) -> dict[str, float]:
+        """What stays in memory, over the number of parameters; state: masters, scales and weight averages too."""
+        weights = list(self.model.parameters())
+        state = [x for entry in self.optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
+        held = {"weights": weights, "gradients": weights, "state": [*state, *self.update.average_weights()]}
+        count = sum(p.numel() for p in weights)
+        return {name: round(sum(x.nbytes for x in tensors) / count, 3) for name, tensors in held.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         return {

@@ -53,6 +53,10 @@ class Update:
             return {}
         return {"grad_norm": nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])}
 
+    def average_weights(self) -> list[Tensor]:
+        """Averaged weights that are not in the optimizer's state."""
+        return []
+
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """A context that gives the model with averaged weights."""
         raise NotImplementedError
@@ -122,6 +126,9 @@ class AroundStep(Update):
             return {**self._norm(), **super().metrics()}
         coefficient = (self.config.clip / (self.norm + 1e-6)).clamp(max=1.0)
         return {"grad_norm": self.norm, "clip_coefficient": coefficient, **super().metrics()}
+
+    def average_weights(self) -> list[Tensor]:
+        return [] if self.average is None else list(self.average.module.parameters())
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:

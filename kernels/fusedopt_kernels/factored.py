@@ -19,6 +19,8 @@ import triton.language as tl
 
 from . import memory
 from .numerics import average, maximum
+from .place import draws
+from .place import noise as random_bits
 from .step import agrees, load_scalars, segment_of
 from .sums import sum_of_squares
 from .table import (
@@ -34,6 +36,7 @@ from .table import (
     SCALAR_WIDTH,
     SKIP,
     SLOTS,
+    WEIGHT_KEY,
 )  # fmt: skip
 from .tiles import (
     ACROSS,
@@ -116,7 +119,7 @@ def _renew(partials, parts, n, over, address, start, w, STATE: tl.constexpr, BLO
     new = average(old, total / over, w)
     if STATE[2] != tl.float64:
         new = new.to(tl.float32)  # as torch's casts do on the way to 16 bits
-    STATE[1](address, address, at, new, STATE[2], False)
+    STATE[1](address, address, at, new, 0, STATE[2], False, False)
 
 
 @triton.jit
@@ -229,7 +232,8 @@ def _apply(
     x = p - total
     if SWITCHES[2]:
         x = tl.where(memory.load(tl.load(row + MASK), at, tl.int8, tl.int32, FULL) != 0, x, p)
-    WEIGHT[1](param, residual, at, x, WEIGHT[2], FULL)
+    noise = random_bits(draws(row, srow, WEIGHT_KEY, WEIGHT[3]), at, WEIGHT[3], False)
+    WEIGHT[1](param, residual, at, x, noise, WEIGHT[2], WEIGHT[3], FULL)
 
 
 @triton.jit

@@ -62,7 +62,8 @@ class UpdateVariant:
     """What selects a variant of the update kernel besides the rule's functions.
 
     structure: the rule's switches; weight, states: codecs; transforms: gradient transforms in order; grad: gradient
-    dtype; compute: arithmetic; n_scalars, n_norms: how many the rule has; switches: see ``step.py``.
+    dtype; compute: arithmetic; n_scalars, n_norms: how many the rule has; exact: division and root are correctly
+    rounded; rowwise, by_eight: see ``place.py``; switches: see ``step.py``.
     """
 
     structure: tuple[bool, ...]
@@ -73,6 +74,9 @@ class UpdateVariant:
     compute: torch.dtype
     n_scalars: int
     n_norms: int
+    exact: bool = True
+    rowwise: bool = False
+    by_eight: bool = True
     switches: tuple[bool, bool, bool, bool, bool] = (False, False, False, False, False)
 
 
@@ -93,8 +97,10 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") 
         ("TRANSFORMS", v.transforms),
         ("GRAD", numerics.triton_type(v.grad)),
         ("COMPUTE", numerics.triton_type(v.compute)),
-        ("EXACT", True),
+        ("EXACT", v.exact),
         ("SWITCHES", v.switches),
+        ("ROWWISE", v.rowwise),
+        ("BY_EIGHT", v.by_eight),
         ("N_SCALARS", v.n_scalars),
         ("N_NORMS", v.n_norms),
         ("CHUNK", table.CHUNK),
@@ -171,11 +177,14 @@ def launch_shape(widths: set[int]) -> tuple[int, int, int]:
     """(block, tail block, warps) of the update kernel for elements of these sizes in bytes.
 
     Compiled: 8 elements per thread, or 4 for fp64 (registers) and where sizes are mixed (their different vector
-    widths would cost barriers). Chosen from the disassembly; no measurement on hardware decided it yet. Interpreted,
-    a block is a whole chunk: each costs Python time.
+    widths would cost barriers); always 8 with quantised state, whose groups are made of octets. Chosen from the
+    disassembly; no measurement on hardware decided it yet. Interpreted, a block is a whole chunk: each costs Python
+    time.
     """
     if numerics.INTERPRETED:
         return table.CHUNK, table.CHUNK, 4
+    if min(widths) <= 1:
+        return 1024, 256, 4
     return 1024, 512, 4 if widths in ({2}, {4}) else 8
 
 

@@ -7,8 +7,9 @@ Everything around the rule is that of ``step.py``; masked accesses, coalesced wi
 import triton
 import triton.language as tl
 
-from .step import load_row, load_scalars, segment_of, update_block
-from .table import INDEX, NUMEL, ROW_LENGTH, SKIP
+from . import place
+from .step import all_draws, load_row, load_scalars, segment_of, update_block
+from .table import INDEX, SKIP
 
 
 @triton.jit
@@ -16,7 +17,8 @@ def rows_kernel(
     rows, grads, chunks, scalars, partials,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    SWITCHES: tl.constexpr, N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    SWITCHES: tl.constexpr, ROWWISE: tl.constexpr, BY_EIGHT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk of touched elements; NUMEL counts them."""
@@ -24,21 +26,14 @@ def rows_kernel(
     if tl.load(srow + SKIP) == 0.0:
         s = load_scalars(srow, N_SCALARS, COMPUTE)
         r = load_row(row, gradient, len(STATES))
-        length = tl.load(row + ROW_LENGTH)
         index = tl.load(row + INDEX).to(tl.pointer_type(tl.int64), bitcast=True)
         start = chunk * CHUNK
-        first = start // length
-        column = start - first * length
-        lanes = tl.arange(0, BLOCK)
-        rest = tl.minimum(tl.load(row + NUMEL) - start, CHUNK).to(tl.int32)
+        rest = tl.minimum(place.positions(row, True) - start, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
-            mask = done + lanes < rest
-            at = column + done + lanes
-            down = at // length
-            here = tl.load(index + first + down, mask=mask, other=0) * length + (at - down * length)
+            at, at_g = place.touched(row, index, start + done, rest - done, BLOCK)
             update_block(
-                r, e, s, (start * 0, here, mask), (start + done, lanes, mask), (),
-                RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
+                r, e, s, all_draws(row, srow, WEIGHT, STATES), at, at_g, (),
+                RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, BY_EIGHT, False,
             )  # fmt: skip
             done += BLOCK

@@ -18,6 +18,8 @@ from .table import (
     CLIP_VALUE,
     CLIPPED,
     COEFFICIENT,
+    COUNT,
+    COUNTED,
     DECAY,
     DECOUPLED,
     FLAGS,
@@ -66,12 +68,12 @@ from .total import clip, own_norm, rounded, total_norm
 
 
 @triton.jit
-def _next_step(address, is64, skip, mask):
+def _next_step(address, flags, skip, mask):
     """Step count of each segment after this step; written back unless the step is skipped."""
-    tagged = (address << 1) | is64.to(tl.int64)
+    tagged = (address << 1) | ((flags & STEP_IS_FP64) != 0).to(tl.int64)
     here = mask & (address != 0)
     t = load_number(tagged, here)
-    t = tl.where(skip, t, t + 1.0)
+    t = tl.where(skip, t, tl.where((flags & COUNTED) != 0, t, t + 1.0))
     store_number(tagged, t, here)
     return t
 
@@ -108,7 +110,7 @@ def _segments(
     flags = tl.load(row + FLAGS, mask=mask, other=0)
     lr = hyper_of(hypers, addresses, group, LR, mask)
     weight_decay = hyper_of(hypers, addresses, group, WEIGHT_DECAY, mask)
-    t = _next_step(tl.load(row + STEP, mask=mask, other=0), (flags & STEP_IS_FP64) != 0, skip, mask)
+    t = _next_step(tl.load(row + STEP, mask=mask, other=0), flags, skip, mask)
     zero = tl.zeros((BLOCK,), tl.float64)  # not lr·0: lr may be inf
     coefficient = inverse + zero
     own = coefficient
@@ -142,6 +144,7 @@ def _segments(
     relative = weight_decay * (lr / hyper_of(hypers, addresses, group, LR_INITIAL, mask))
     taken = tl.where((flags & LR_INDEPENDENT) != 0, relative, taken)
     tl.store(out + COEFFICIENT, coefficient, mask=mask)
+    tl.store(out + COUNT, t, mask=mask)
     tl.store(out + L2, tl.where(decoupled | rules, 0.0, weight_decay), mask=mask)
     tl.store(out + DECAY, tl.where(decoupled, taken, 0.0), mask=mask)
     tl.store(out + SKIP, tl.where(skip, 1.0, zero), mask=mask)

@@ -12,7 +12,7 @@ weight has a running average beside it; of a measured one the squares of its new
 import triton
 import triton.language as tl
 
-from . import memory
+from . import memory, place
 from .average import renew
 from .numerics import sign
 from .sums import add_squares, change_of, measure_unchanged, store_sums, sum_of_squares, zeros
@@ -23,6 +23,7 @@ from .table import (
     EMA,
     EMA_WEIGHT,
     FLAGS,
+    KEYS,
     L1_PENALTY,
     L2,
     LANES,
@@ -38,6 +39,7 @@ from .table import (
     SCALAR_WIDTH,
     SKIP,
     SLOTS,
+    WEIGHT_KEY,
 )  # fmt: skip
 
 _LANES = tl.constexpr(LANES)
@@ -86,11 +88,20 @@ def agrees(a, b):
 
 
 @triton.jit
+def all_draws(row, srow, WEIGHT: tl.constexpr, STATES: tl.constexpr):
+    """`place.draws` of the weight and of every slot."""
+    d = (place.draws(row, srow, WEIGHT_KEY, WEIGHT[3]),)
+    for i in tl.static_range(len(STATES)):
+        d = d + (place.draws(row, srow, KEYS + i, STATES[i][3]),)
+    return d
+
+
+@triton.jit
 def update_block(
-    r, e, s, at, at_g, sums,
+    r, e, s, d, at, at_g, sums,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    SWITCHES: tl.constexpr, FULL: tl.constexpr,
+    SWITCHES: tl.constexpr, BY_EIGHT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Update one block; returns ``sums`` with its own added, where the step is measured."""
     g, p, states = _inputs(r, e, at, at_g, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, FULL)
@@ -103,11 +114,12 @@ def update_block(
     x = p - total
     if SWITCHES[2]:
         x = tl.where(memory.load(r[4], at, tl.int8, tl.int32, FULL) != 0, x, p)
-    held = WEIGHT[1](r[2], r[3], at, x, WEIGHT[2], FULL)
+    held = WEIGHT[1](r[2], r[3], at, x, place.noise(d[0], at, WEIGHT[3], BY_EIGHT), WEIGHT[2], WEIGHT[3], FULL)
     if SWITCHES[3]:
         memory.store(r[5], at, renew(memory.load(r[5], at, COMPUTE, COMPUTE, FULL), held, e[6]), COMPUTE, FULL)
     for i in tl.static_range(len(STATES)):
-        STATES[i][1](r[6 + 2 * i], r[7 + 2 * i], at, new[i], STATES[i][2], FULL)
+        noise = place.noise(d[1 + i], at, STATES[i][3], BY_EIGHT)
+        STATES[i][1](r[6 + 2 * i], r[7 + 2 * i], at, new[i], noise, STATES[i][2], STATES[i][3], FULL)
     if SWITCHES[4]:
         return add_squares(sums, (held, held - p), at)
     else:
@@ -136,7 +148,8 @@ def update_kernel(
     rows, grads, chunks, scalars, partials,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    SWITCHES: tl.constexpr, N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    SWITCHES: tl.constexpr, ROWWISE: tl.constexpr, BY_EIGHT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms and n are appended to the rule's scalars."""
@@ -157,28 +170,27 @@ def update_kernel(
         N_SUMS: tl.constexpr = 2 if SWITCHES[4] else 0
         out = change_of(row, chunk)
         start = chunk * CHUNK
-        left = numel - start
+        left = place.positions(row, ROWWISE) - start
         r = load_row(row, gradient, len(STATES))
+        drawn = all_draws(row, srow, WEIGHT, STATES)
         if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
-            lanes = tl.arange(0, BLOCK)
             sums = zeros(N_SUMS, BLOCK)
             for o in range(0, CHUNK, BLOCK):
-                at = (start + o, lanes, lanes < BLOCK)
+                at = place.straight(start + o, BLOCK, BLOCK)
                 sums = update_block(
-                    r, terms, s, at, at, sums,
-                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
+                    r, terms, s, drawn, at, at, sums,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, BY_EIGHT, True,
                 )  # fmt: skip
             store_sums(out, sums)
         else:
-            few = tl.arange(0, TAIL)
             few_sums = zeros(N_SUMS, TAIL)
             rest = tl.minimum(left, CHUNK).to(tl.int32)
             done = rest * 0
             while done < rest:
-                at = (start + done, few, done + few < rest)
+                at = place.tail(row, start + done, rest - done, ROWWISE, TAIL)
                 few_sums = update_block(
-                    r, terms, s, at, at, few_sums,
-                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,
+                    r, terms, s, drawn, at, at, few_sums,
+                    RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, BY_EIGHT, False,
                 )  # fmt: skip
                 done += TAIL
             store_sums(out, few_sums)
@@ -208,7 +220,8 @@ def measure_kernel(
     rows, grads, chunks, scalars, partials,
     MEASURE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-    SWITCHES: tl.constexpr, N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    SWITCHES: tl.constexpr, ROWWISE: tl.constexpr, BY_EIGHT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """First pass: one partial sum of squares per chunk and norm; nothing else is written.
@@ -219,26 +232,24 @@ def measure_kernel(
     N_SUMS: tl.constexpr = 1 if SWITCHES[0] else N_NORMS
     s = load_scalars(srow, N_SCALARS, COMPUTE)
     start = chunk * CHUNK
-    left = tl.load(row + NUMEL) - start
+    left = place.positions(row, ROWWISE) - start
     r = load_row(row, gradient, len(STATES))
     out = partials + (tl.load(row + MEASURE_START) + chunk) * N_SUMS
     if (left >= CHUNK) & ((r[0] & ALIGNED) != 0):
-        lanes = tl.arange(0, BLOCK)
         sums = zeros(N_SUMS, BLOCK)
         for o in range(0, CHUNK, BLOCK):
-            at = (start + o, lanes, lanes < BLOCK)
+            at = place.straight(start + o, BLOCK, BLOCK)
             sums = _measure_block(
                 r, e, s, at, sums,
                 MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, True,
             )  # fmt: skip
         store_sums(out, sums)
     else:
-        few = tl.arange(0, TAIL)
         few_sums = zeros(N_SUMS, TAIL)
         rest = tl.minimum(left, CHUNK).to(tl.int32)
         done = rest * 0
         while done < rest:
-            at = (start + done, few, done + few < rest)
+            at = place.tail(row, start + done, rest - done, ROWWISE, TAIL)
             few_sums = _measure_block(
                 r, e, s, at, few_sums,
                 MEASURE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT, SWITCHES, False,

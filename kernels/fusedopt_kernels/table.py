@@ -17,7 +17,7 @@ STEP = tl.constexpr(4)  # address of the step count (0-dim fp32 or fp64)
 RESIDUAL = tl.constexpr(5)  # address of what a low-precision weight format keeps beside the weight
 EMA = tl.constexpr(6)  # address of the weight average (fp32, or fp64 beside fp64 weights)
 MASK = tl.constexpr(7)  # address of the update mask
-STREAM = tl.constexpr(8)  # random-stream id (64-bit hash of the parameter's name)
+WEIGHT_KEY = tl.constexpr(8)  # key of the random stream that rounds the weight
 ROW_LENGTH = tl.constexpr(9)  # elements in one local row (trailing dims flattened)
 GLOBAL_STRIDE = tl.constexpr(10)  # elements between two local rows in the global tensor
 GLOBAL_OFFSET = tl.constexpr(11)  # global index of the first local element
@@ -30,8 +30,9 @@ EMA_STEP = tl.constexpr(17)  # count of averaged steps: address shifted left onc
 CHANGE = tl.constexpr(18)  # address of (sum of squares of the weights, of their change), a pair per chunk
 SLOTS = tl.constexpr(20)  # then per state slot: address of the values, address of the scales
 MAX_SLOTS = 8
-ROW_WIDTH = tl.constexpr(36)
+ROW_WIDTH = tl.constexpr(44)
 LAST = tl.constexpr(35)  # scalar slots fill the slots' columns from here down: address shifted left once | is fp64
+KEYS = tl.constexpr(36)  # then per state slot: key of the random stream that rounds it
 
 # Bits of FLAGS.
 ALIGNED = tl.constexpr(1)  # every address of the row is a multiple of 16
@@ -40,6 +41,7 @@ DECOUPLED = tl.constexpr(4)  # weight decay acts on the parameter, else on the g
 OWN_DECAY = tl.constexpr(8)  # the rule applies weight decay itself
 STEP_IS_FP64 = tl.constexpr(16)  # the step count is fp64 (made under a float64 default dtype)
 CLIP_ALONE = tl.constexpr(32)  # the norm that is clipped is the parameter's own, not that of all
+COUNTED = tl.constexpr(128)  # another part of the step counts steps
 LR_INDEPENDENT = tl.constexpr(64)  # decoupled decay follows lr/lr_initial instead of lr
 
 # Columns of a hyper-parameter row (float64): values, and beside them addresses of tensors that override them.
@@ -87,6 +89,7 @@ LIMIT = tl.constexpr(6)  # largest magnitude of a gradient element
 CLIP = tl.constexpr(7)  # what norm clipping alone multiplies with
 EMA_WEIGHT = tl.constexpr(8)  # weight of the new value in the weight average, for `numerics.average`
 GRADIENT_NORM = tl.constexpr(9)  # norm of this gradient alone, unscaled, where norms of single gradients are used
+COUNT = tl.constexpr(10)  # step count after this step, which random streams go by
 RULE_SCALARS = tl.constexpr(12)  # the rule's own, in the order it returns them
 SCALAR_WIDTH = tl.constexpr(32)
 
@@ -99,6 +102,11 @@ OWN_SQUARE = tl.constexpr(4)  # sum (of squares; largest) over this table's grad
 OWN_BAD = tl.constexpr(5)  # whether one of these is inf or NaN
 FOUND = tl.constexpr(6)  # NONFINITE once more, as fp32 in the first four bytes: what a GradScaler reads
 HEADER_WIDTH = tl.constexpr(8)
+
+# How a format rounds: fourth entry of a codec.
+NEAREST = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)  # up or down by random bits
+DITHERED = tl.constexpr(2)  # up or down by a sequence that covers the unit evenly, over elements and over steps
 
 # Where the norm of a step comes from: `NORM_MODE` of the scalars kernel.
 NO_NORM = tl.constexpr(0)  # none is wanted; gradients may still be scaled
@@ -116,6 +124,7 @@ N_SEGMENTS = tl.constexpr(0)
 N_MULTI = tl.constexpr(1)  # segments with more than one norm partial; their indices follow from MULTI on
 MULTI = tl.constexpr(2)
 
+SCALE_GROUP = 64  # elements that share a scale; part of the formats' definition
 CHUNK = 16384  # elements per program of the update kernel; a multiple of every codec's group and of 8
 NORM_CHUNK = 16384  # part of the norm's definition: never tuned
 NORM_BLOCK = 2048  # likewise

@@ -1,9 +1,10 @@
 """Weights kept in their own dtype and nothing else: 8 (fp64), 4 (fp32) or 2 (bf16, fp16) bytes per element.
 
-The contract of a weight codec, a flat tuple ``(load, store, type)``:
+The contract of a weight codec, a flat tuple ``(load, store, type, random)``:
 
 * ``load(param, residual, at, T, COMPUTE, FULL)`` yields the exact value that the format holds;
-* ``store(param, residual, at, x, T, FULL)`` takes the new value, rounds it once and returns what the format then holds.
+* ``store(param, residual, at, x, noise, T, RANDOM, FULL)`` takes the new value, rounds it once and returns what the
+  format then holds. noise: 16 random bits per element if RANDOM, which is how stochastic formats round.
 
 Rules and the step kernel see values only: how a format keeps what rounding would lose is its own affair.
 """
@@ -24,10 +25,10 @@ def load_plain(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FULL
 
 
 @triton.jit
-def store_plain(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
+def store_plain(param, residual, at, x, noise, T: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr):
     return memory.store(param, at, x, T, FULL)
 
 
-def codec(dtype: torch.dtype) -> tuple[Any, ...]:
+def codec(dtype: torch.dtype, random: bool = False) -> tuple[Any, ...]:
     """The device codec of weights of ``dtype``."""
-    return (load_plain, store_plain, triton_type(dtype))
+    return (load_plain, store_plain, triton_type(dtype), False)

@@ -18,10 +18,10 @@ def load_scratch(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FU
 
 
 @triton.jit
-def store_scratch(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
+def store_scratch(param, residual, at, x, noise, T: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr):
     return memory.store(residual, at, x, T, FULL)
 
 
 def codec() -> tuple[Any, ...]:
     """The device codec."""
-    return (load_scratch, store_scratch, tl.bfloat16)
+    return (load_scratch, store_scratch, tl.bfloat16, False)

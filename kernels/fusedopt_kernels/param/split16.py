@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from .. import memory
+from ..rng import quiet_bits
+from .format import WeightFormat
 
 
 @triton.jit
@@ -23,18 +25,22 @@ def load_split16(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FU
 
 
 @triton.jit
-def store_split16(param, residual, at, x, T: tl.constexpr, FULL: tl.constexpr):
-    b = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True)) + 0x8000
+def store_split16(param, residual, at, x, noise, T: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr):
+    b = quiet_bits(x) + 0x8000
     memory.store(param, at, b >> 16, tl.int16, FULL)
     memory.store(residual, at, b & 0xFFFF, tl.int16, FULL)
     return x
 
 
-def codec(dtype: torch.dtype) -> tuple[Any, ...]:
-    """The device codec; bf16 only, because an fp16 weight and 16 bits do not hold an fp32 number."""
+def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
+    """The device codec; bf16 only, because an fp16 weight and 16 bits do not hold an fp32 number.
+
+    Raises:
+        ValueError: another dtype.
+    """
     if dtype != torch.bfloat16:
         raise ValueError(f"master_weights='split16' needs bfloat16 parameters, got {dtype}; use 'float32' instead")
-    return (load_split16, store_split16, tl.bfloat16)
+    return (load_split16, store_split16, tl.bfloat16, False)
 
 
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,9 +49,9 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return both[..., 0], both[..., 1]
 
 
-def join_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The fp32 values held by a bf16 weight and its int16 residual, in ``out`` or a new tensor."""
-    x = torch.empty(param.shape, dtype=torch.float32, device=param.device) if out is None else out
+def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The fp32 values held by a bf16 weight and its int16 residual."""
+    x = torch.empty_like(param, dtype=torch.float32)
     low, high = _halves(x)
     low.copy_(residual)
     high.copy_(param.view(torch.int16))
@@ -53,7 +59,7 @@ def join_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | 
     return x
 
 
-def split_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor) -> None:
+def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:
     """Write fp32 values into a bf16 weight and its int16 residual; x is used up."""
     bits = x.view(torch.int32)
     if torch.isnan(x.sum()):  # a cheap test; what it finds is rare
@@ -64,6 +70,9 @@ def split_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor) ->
     param.view(torch.int16).copy_(high)
 
 
-def initial_residual(param: torch.Tensor) -> torch.Tensor:
+def initial(param: torch.Tensor) -> torch.Tensor:
     """Residual of a weight that is exactly representable: 0x8000 everywhere, in the parameter's layout."""
     return torch.full_like(param, -0x8000, dtype=torch.int16, memory_format=torch.preserve_format)
+
+
+SPLIT16 = WeightFormat("split16", codec, load_eager, store_eager, "param_residual", torch.int16, initial)

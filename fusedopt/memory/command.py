@@ -1,0 +1,110 @@
+"""`fusedopt memory [RULE]`: what training a model holds, by component, beside the published formats of others.
+
+Exit status: 0, or 2 for bad input. Nothing is allocated: parameters and state are meta tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import torch
+
+from fusedopt.inspect.command import DTYPES, rule_arguments
+from fusedopt.inspect.command import _known as known
+from fusedopt.inspect.errors import BadInput
+from fusedopt.inspect.subject import Configuration, make_optimizer
+from fusedopt.rules import RULES
+from fusedopt.shapes import MODELS
+
+HELP = f"""Count the memory that training a model holds, without allocating it.
+
+RULE is adamw unless given. Every argument of the rule's class is an option too, written after RULE: flags like
+--amsgrad, numbers like --ema-decay 0.999.
+
+\b
+Examples:
+  fusedopt memory
+  fusedopt memory sgd --momentum 0.9 --model gpt2
+  fusedopt memory adamw --model llama3-70b --param-dtype bf16 --master-weights split8 --state-dtype int8
+  fusedopt memory --module my_package.models:make_model --json
+
+Models: {", ".join(MODELS)}.
+"""
+
+OWN_OPTIONS = ("model", "module", "param_dtype", "grad_dtype", "json")
+"""The command's own options, for whoever misspells one of them."""
+
+
+@click.command("memory", help=HELP, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RULE] [OPTIONS OF THE RULE]...")
+@click.option("--model", metavar="NAME", help="A built-in model, named above.  [default: llama3-8b]")
+@click.option(
+    "--module",
+    metavar="MODULE:NAME",
+    help="A model of your own: package.module:NAME or FILE.py:NAME, a function without arguments or a class that makes "
+    "a torch.nn.Module; called with the meta device as default.",
+)
+@click.option("--param-dtype", help=f"{', '.join(DTYPES)}, or torch's names.  [default: float32; a module's own]")
+@click.option("--grad-dtype", help="The same for gradients.  [default: the parameters']")
+@click.option("--json", "json_output", is_flag=True, help="Print everything in bytes, as JSON.")
+def command(words: tuple[str, ...], json_output: bool, **given: Any) -> int:
+    try:
+        return memory(words, json_output, given)
+    except BadInput as error:
+        raise click.UsageError(str(error)) from None
+
+
+def memory(words: Sequence[str], json_output: bool, given: dict[str, Any]) -> int:
+    """Settle the request, count, print."""
+    from fusedopt.memory import held, ours, report
+    from fusedopt.memory.rivals import RIVALS
+
+    rule = known("rule", words[0].lower(), tuple(RULES)) if words and not words[0].startswith("-") else None
+    arguments = rule_arguments(words if rule is None else words[1:])
+    grad_dtype = _dtype(given["grad_dtype"])
+    title, params = _model(given["model"], given["module"], _dtype(given["param_dtype"]))
+    subject = report.Subject(title, rule or "adamw", arguments, tuple({str(p.dtype)[6:]: None for p in params}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on low-precision state is for training
+        try:
+            twins = held.Twins(params)
+            optimizer = make_optimizer(Configuration(subject.rule, arguments), twins.groups, OWN_OPTIONS)
+            counted = twins.count(optimizer, grad_dtype)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BadInput(f"{subject.rule}: {error}") from None
+        suggested = ours.count_all(params)
+    found = report.Found(counted, suggested, [(rival, rival.memory(params)) for rival in RIVALS])
+    if json_output:
+        click.echo(json.dumps(report.as_json(subject, found), indent=1))
+    else:
+        report.print_report(subject, found)
+    return 0
+
+
+def _model(model: str | None, module: str | None, dtype: torch.dtype | None) -> tuple[str, Sequence[torch.Tensor]]:
+    """A title and parameters on the meta device."""
+    if module is None:
+        built_in = MODELS[known("model", (model or "llama3-8b").lower(), tuple(MODELS))]
+        return built_in.title, list(built_in.parameters(dtype or torch.float32).values())
+    if model is not None:
+        raise BadInput("--model names a built-in model, --module one of yours: give one of them")
+    from fusedopt.memory.held import cast
+    from fusedopt.memory.module import load
+
+    made = load(module)
+    params = list(made.parameters())
+    if not params:
+        raise BadInput(f"{module!r} makes a model without parameters")
+    if dtype is not None:
+        params = cast(params, dtype)
+    return module, params
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    return getattr(torch, DTYPES.get(name.lower()) or known("dtype", name.lower(), tuple(DTYPES.values())))

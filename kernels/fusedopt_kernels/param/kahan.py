@@ -1,0 +1,53 @@
+"""kahan: bf16 or fp16 weights with a second number of their dtype, the error of rounding: 4 bytes per element.
+
+``x = p + c``; a new x gives ``p = round(x)``, ``c = round(x − p)``: 16 (bf16) or 22 (fp16) bits of mantissa in all, as
+long as c is a normal number. Decay and update enter x before anything is rounded (Kahan 1965, "Further remarks on
+reducing truncation errors", with the sum of both terms as one update).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import memory
+from ..numerics import triton_type
+from .format import WeightFormat
+
+
+@triton.jit
+def load_kahan(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr):
+    return memory.load(param, at, T, COMPUTE, FULL) + memory.load(residual, at, T, COMPUTE, FULL)
+
+
+@triton.jit
+def store_kahan(param, residual, at, x, noise, T: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr):
+    p = memory.store(param, at, x, T, FULL)
+    c = tl.where(tl.abs(p) < float("inf"), x - p, 0.0)
+    return p + memory.store(residual, at, c, T, FULL)
+
+
+def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
+    """The device codec."""
+    return (load_kahan, store_kahan, triton_type(dtype), False)
+
+
+def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Eager twin of `load_kahan`."""
+    return param.to(torch.float32) + residual.to(torch.float32)
+
+
+def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:
+    """Eager twin of `store_kahan`."""
+    param.copy_(x)
+    p = param.to(torch.float32)
+    residual.copy_((x - p).masked_fill_(~(p.abs() < torch.inf), 0.0))
+
+
+def initial(param: torch.Tensor) -> torch.Tensor:
+    """Residual of a weight that is exactly representable."""
+    return torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
+
+
+KAHAN = WeightFormat("kahan", codec, load_eager, store_eager, "param_residual", None, initial)

@@ -1,0 +1,121 @@
+"""Which elements, groups of elements and random numbers a block of a segment has.
+
+``at`` of a block, as codecs take it: ``(start, lanes, mask)`` of its elements (``memory.py``), then of its groups
+``(first group, group of every octet from there, mask of octets)``. A group is a run of GROUP elements inside one row
+along dim 0; the last one of a row may be shorter. An octet is eight neighbours: what one thread holds, so that nothing
+is exchanged between threads but a group's maximum.
+
+Segments whose rows are multiples of GROUP are walked straight through memory. Others are walked ROWWISE, as if every
+row were filled up to whole groups: positions that are no elements are masked.
+"""
+
+import triton
+import triton.language as tl
+
+from .rng import dither, random16, random16_by_eight
+from .table import COUNT, DITHERED, GLOBAL_OFFSET, GLOBAL_STRIDE, NUMEL, ROW_LENGTH, SCALE_GROUP
+
+_GROUP = tl.constexpr(SCALE_GROUP)
+
+
+@triton.jit
+def _groups(position, left, N: tl.constexpr):
+    """Groups of N positions from one that begins a group; left: positions from there to the end."""
+    octets = tl.arange(0, N // 8)
+    return (position // _GROUP, octets // (_GROUP // 8), octets * 8 < left)
+
+
+@triton.jit
+def straight(start, left, N: tl.constexpr):
+    """``at`` of N elements from ``start`` on, of which ``left`` exist."""
+    lanes = tl.arange(0, N)
+    return (start, lanes, lanes < left) + _groups(start, left, N)
+
+
+@triton.jit
+def filled(length):
+    """Length of a row filled up to whole groups."""
+    return (length + _GROUP - 1) // _GROUP * _GROUP
+
+
+@triton.jit
+def rowwise(row, start, left, N: tl.constexpr):
+    """``at`` of N positions from ``start`` on, counted in filled rows."""
+    length = tl.load(row + ROW_LENGTH)
+    lanes = tl.arange(0, N)
+    position = start + lanes
+    down = position // filled(length)
+    across = position - down * filled(length)
+    mask = (lanes < left) & (across < length)
+    return (start * 0, down * length + across, mask) + _groups(start, left, N)
+
+
+@triton.jit
+def touched(row, index, start, left, N: tl.constexpr):
+    """The same for the rows that a sparse gradient touches, one after the other; index: pointer to their numbers.
+
+    Returns ``at`` of the parameter's elements and of the gradient's.
+    """
+    length = tl.load(row + ROW_LENGTH)
+    wide, lanes, octets = filled(length), tl.arange(0, N), tl.arange(0, N // 8) * 8
+    position = start + lanes
+    down = position // wide
+    across = position - down * wide
+    mask = (lanes < left) & (across < length)
+    here = tl.load(index + down, mask=mask, other=0)
+    eight = octets < left
+    first = start + octets
+    group = tl.load(index + first // wide, mask=eight, other=0) * (wide // _GROUP) + first % wide // _GROUP
+    zero = start * 0
+    return (zero, here * length + across, mask, zero, group, eight), (zero, down * length + across, mask)
+
+
+@triton.jit
+def positions(row, ROWWISE: tl.constexpr):
+    """What a segment's chunks share out: its elements, or positions in filled rows."""
+    numel = tl.load(row + NUMEL)
+    if ROWWISE:
+        length = tl.load(row + ROW_LENGTH)
+        return numel // tl.maximum(length, 1) * filled(length)
+    else:
+        return numel
+
+
+@triton.jit
+def tail(row, start, left, ROWWISE: tl.constexpr, N: tl.constexpr):
+    """``at`` of a block that may be cut short."""
+    if ROWWISE:
+        return rowwise(row, start, left, N)
+    else:
+        return straight(start, left, N)
+
+
+@triton.jit
+def draws(row, srow, KEY: tl.constexpr, RANDOM: tl.constexpr):
+    """What random bits depend on, read once: (key, step, row length, stride, offset); nothing if NEAREST."""
+    if RANDOM:
+        length = tl.maximum(tl.load(row + ROW_LENGTH), 1)
+        where = (length, tl.load(row + GLOBAL_STRIDE), tl.load(row + GLOBAL_OFFSET))
+        return (tl.load(row + KEY), tl.load(srow + COUNT).to(tl.int64)) + where
+    else:
+        return ()
+
+
+@triton.jit
+def noise(drawn, at, RANDOM: tl.constexpr, BY_EIGHT: tl.constexpr):
+    """Bits that round every element of a block, uint32: 16 random ones, or 32 of `dither`; 0 if it is to nearest.
+
+    BY_EIGHT: its elements are neighbours, the first index a multiple of 8.
+    """
+    if not RANDOM:
+        return 0
+    elif BY_EIGHT:
+        if RANDOM == DITHERED:
+            return dither(drawn[4] + at[0], drawn[1]) + dither(at[1].to(tl.int64), 0)
+        else:
+            return random16_by_eight(drawn[0], drawn[4] + at[0], drawn[1], at[1].shape[0])
+    else:
+        local = at[0] + at[1]
+        down = local // drawn[2]
+        index = drawn[4] + down * drawn[3] + (local - down * drawn[2])
+        return dither(index, drawn[1]) if RANDOM == DITHERED else random16(drawn[0], index, drawn[1])
