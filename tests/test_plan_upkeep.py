@@ -10,6 +10,7 @@ import torch
 from compare import BACKENDS, THREE, assert_close, assert_equal, give_gradients, parameters, params_of, train, uniform
 from table import RULES, RuleRow, private
 
+from fusedopt import guard as guard_module
 from fusedopt_kernels import launch, table
 
 SGD, ADAMW = THREE[0], THREE[2]
