@@ -7,6 +7,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from .optimizer import FusedOptimizer
+from .release import refuse_scaler
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -34,6 +35,8 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not isinstance(optimizer, FusedOptimizer) or not self._enabled or self._scale is None or "closure" in kwargs:
             return super().step(optimizer, *args, **kwargs)
+        if optimizer._release_gradients:
+            refuse_scaler()
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)

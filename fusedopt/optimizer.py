@@ -1,14 +1,14 @@
 """`FusedOptimizer`: the torch.optim face of every rule. What a step works on is in ``plan.py``."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, compiled, flatten, options, source
+from . import checkpoint, compiled, flatten, formats, options, release, source
 from .arguments import check_backend, check_flags
 from .average import ema_parameters, refuse_swapped, swap_ema
 from .captures import refresh
@@ -16,13 +16,11 @@ from .conditions import Conditions
 from .groups import GroupOptions
 from .metrics import Metrics, collect
 from .options import Options
-from .plan import Segment
-from .state import MASK, init_state
-from .stepper import Stepper
+from .stateful import Stateful
 from .warmup import compile_variants
 
 
-class FusedOptimizer(Stepper):
+class FusedOptimizer(Stateful):
     """Base of all optimizers here: a `Rule` run in a fixed number of launches over all parameters.
 
     Drops in for torch.optim: group keys, state keys, hooks, closures and checkpoints are torch's. Nothing is
@@ -42,8 +40,9 @@ class FusedOptimizer(Stepper):
         if not isinstance(amp_scaling := chosen.get("amp_scaling", False), bool):
             raise ValueError(f"amp_scaling must be True or False, got {amp_scaling!r}")
         self._norm_at_backward = source.checked(chosen.get("norm_at_backward", False), amp_scaling)
+        self._release_gradients = release.checked(chosen)
         # asked for its flag, a stock GradScaler shows itself; it would rewrite gradients behind the hooks
-        self._step_supports_amp_scaling = amp_scaling or bool(self._norm_at_backward)
+        self._step_supports_amp_scaling = amp_scaling or bool(self._norm_at_backward) or self._release_gradients
         self._options = options.given(type(self).__name__, chosen)
         self._counters: dict[Tensor, Tensor] = {}
         self._handle = compiled.handle_of(self)
@@ -54,11 +53,15 @@ class FusedOptimizer(Stepper):
         if self._norm_at_backward:
             source.check_used([GroupOptions(self.rule_of(group), group) for group in self.param_groups], self._metrics)
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._release = release.Release(self) if self._release_gradients else None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options of ours among its keys hold for it alone.
 
         Raises:
-            ValueError: an option that its rule cannot follow; nothing is added then.
+            ValueError: an option that its rule or a parameter cannot follow; nothing is added then.
         """
         if isinstance(param_group, dict):
             if name := next((name for name in options.WHOLE if name in param_group), None):
@@ -67,6 +70,12 @@ class FusedOptimizer(Stepper):
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
             chosen = options.without_useless(chosen, param_group)
+            if "master_weights" in chosen and "params" in param_group:
+                if isinstance(param_group["params"], Iterator):
+                    param_group["params"] = list(param_group["params"])
+                formats.check_weights(param_group["params"], chosen)
+            if self._release_gradients:
+                release.check_group(chosen)
             self._metrics.check(self.rule_of(whole))
             if chosen or any(options.KEY in group for group in self.param_groups[:1]):  # others agree with the first
                 self._check_agreement({**whole, options.KEY: chosen})
@@ -75,6 +84,8 @@ class FusedOptimizer(Stepper):
             if chosen:
                 param_group[options.KEY] = chosen
         super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.attach()
 
     def _check_agreement(self, new: dict[str, Any]) -> None:
         """Refuse a group that disagrees with the others on the norm or on when a step is skipped."""
@@ -111,8 +122,9 @@ class FusedOptimizer(Stepper):
         if torch.compiler.is_compiling():
             if total_norm is not None:
                 raise RuntimeError("step(total_norm=…) does not work under torch.compile: call it outside the graph")
-            if self._norm_at_backward:
-                raise RuntimeError("norm_at_backward does not work under torch.compile: call step() outside the graph")
+            if self._norm_at_backward or self._release_gradients:
+                name = "norm_at_backward" if self._norm_at_backward else release.NAME
+                raise RuntimeError(f"{name} does not work under torch.compile: call step() outside the graph")
             compiled.step(self)
         else:
             with torch.no_grad():
@@ -125,8 +137,9 @@ class FusedOptimizer(Stepper):
         Raises:
             RuntimeError: DistributedDataParallel put a gradient of `flatten_(grads=True)` into a bucket of its own.
         """
-        if self._source is not None:
-            self._source.forget()
+        for hooks in (self._source, self._release):
+            if hooks is not None:
+                hooks.forget()
         if flatten.has_gradients:
             with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
                 flatten.zero_grad([p for group in self.param_groups for p in group["params"]], set_to_none)
@@ -138,6 +151,8 @@ class FusedOptimizer(Stepper):
 
         Under ``norm_at_backward`` gradients are summed up after the last pass only; without it nothing differs.
         """
+        if self._release is not None:
+            raise RuntimeError("accumulate(): release_gradients=True frees every gradient at once: leave one out")
         return nullcontext() if self._source is None else self._source.paused()
 
     def refresh(self) -> None:
@@ -167,52 +182,6 @@ class FusedOptimizer(Stepper):
             RuntimeError: there was no step yet. ValueError: another ``per``.
         """
         return collect(self, per)
-
-    # --------------------------------------------------------------------------------------------------- state
-    def materialize_state(self) -> None:
-        """Create the state of every parameter that requires a gradient, and all weight averages, without stepping.
-
-        Raises:
-            RuntimeError: inside `swap_ema`.
-        """
-        refuse_swapped(self, "materialize_state()")
-        plan_groups = [GroupOptions(self.rule_of(group), group) for group in self.param_groups]
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.requires_grad:
-                    init_state(self, Segment(p, index, 0), plan_groups[index])
-        if any(group.averaged for group in plan_groups):
-            self.ema_parameters()
-
-    def set_update_mask(self, param: Tensor, mask: Tensor | None) -> None:
-        """Let only some elements of a parameter change; its state follows the whole gradient all the same.
-
-        Args:
-            param: one of the optimizer's parameters.
-            mask: bool, of the parameter's shape, True where it may change; a copy is kept in
-                ``state[param]["update_mask"]`` and saved in checkpoints. None: every element may change again.
-
-        Raises:
-            ValueError: a tensor that is no parameter of this optimizer, or a mask of another shape or dtype.
-        """
-        if not any(p is param for group in self.param_groups for p in group["params"]):
-            raise ValueError("set_update_mask: param is not one of this optimizer's parameters")
-        if mask is None:
-            self.state.get(param, {}).pop(MASK, None)
-            return
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != param.shape:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"set_update_mask: mask must be a bool tensor of shape {tuple(param.shape)}, got {got}")
-        self.state[param][MASK] = torch.empty_like(param.detach(), dtype=torch.bool).copy_(mask)
-
-    def to(self, device: torch.device | str) -> "FusedOptimizer":
-        """Move all state to a device, to free memory elsewhere; a step brings it back to its parameters."""
-        for state in self.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    state[key] = value.to(device)
-        self._forget_plan()
-        return self
 
     def warmup(self, *, scaled: bool = False) -> tuple[int, float]:
         """Compile every kernel variant of the current groups; steps nothing and changes no state.
@@ -245,16 +214,6 @@ class FusedOptimizer(Stepper):
         return swap_ema(self)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of its torch.optim namesake; state keeps the dtypes it was saved with.
-
-        Raises:
-            ValueError: groups that do not match, or a file written by a newer format.
-            RuntimeError: inside `swap_ema`.
-        """
-        refuse_swapped(self, "load_state_dict()")
-        checkpoint.load(self, state_dict, super().load_state_dict)
-
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
@@ -263,6 +222,7 @@ class FusedOptimizer(Stepper):
             "_options": self._options,
             "_metrics": self._metrics,
             "_norm_at_backward": self._norm_at_backward,
+            "_release_gradients": self._release_gradients,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 
@@ -278,3 +238,5 @@ class FusedOptimizer(Stepper):
         self.__dict__.setdefault("_options", {})
         self._handle = compiled.handle_of(self)
         checkpoint.restore(self)
+        if self._release is not None:
+            self._release.attach()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import formats
 from .arguments import check_number
-from .rule import Rule
+from .rule import Rule, switched_on
 
 KEY = "fusedopt"
 """The group key."""
@@ -39,6 +39,11 @@ class Options(TypedDict, total=False):
     norm_at_backward: sum up each gradient for the norm when backward has produced it, so that a step reads gradients
     once; ``"check"`` makes the norm pass too and compares. Default False. ``docs/norm_at_backward.md`` says what it
     needs. For the whole optimizer.
+
+    release_gradients: update every parameter in backward, as soon as its gradient is there, and free that; ``step()``
+    is still called after each backward pass. Default False. Gradients never exist all at once, so nothing that needs
+    all of them works with it: clipping by their norm, skipping, metrics, accumulation, a GradScaler; nor do several
+    processes and CUDA graphs. For the whole optimizer.
 
     clip_grad_norm: largest norm of the gradients after unscaling, float or one-element tensor; default None. Each
     gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
@@ -94,6 +99,7 @@ class Options(TypedDict, total=False):
     metrics: Sequence[str]
     amp_scaling: bool
     norm_at_backward: bool | Literal["check"]
+    release_gradients: bool
     clip_grad_norm: float | Tensor | None
     clip_norm_type: float
     clip_scope: Literal["global", "tensor"]
@@ -123,7 +129,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
-WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward")
+WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward", "release_gradients")
 """Options of the whole optimizer."""
 
 
@@ -198,15 +204,14 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
     """
     if unknown := sorted(options.keys() - DEFAULTS.keys() - ENGINE_KEYS):
         raise ValueError(f"group key {KEY!r} holds unknown option {unknown[0]!r}; known: {', '.join(DEFAULTS)}")
-    for name, default in DEFAULTS.items():
-        value = options.get(name, default)
-        if isinstance(default, bool) and not isinstance(value, bool):
+    for name, value in options.items():
+        if isinstance(DEFAULTS.get(name), bool) and not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False, got {value!r}")
         if name in CHOICES and (isinstance(value, Tensor) or value not in CHOICES[name]):
             raise ValueError(f"{name} must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
         if name in NUMBERS and value is not None:
             _check_limit(name, value)
-    _check_formats(rule, options)
+    _check_formats(rule, group, options)
     if rule.kernel_part is not None and (beyond := [name for name in options if name not in MATRIX]):
         raise ValueError(f"{rule.name} does not support {beyond[0]!r}; leave it out of its groups")
     if options.get("cautious") and (rule.n_norms or not rule.cautious):
@@ -233,11 +238,15 @@ def check(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> N
         raise ValueError(f"sparse='lazy' is not defined for {rule.name}; make its gradients dense (sparse=False)")
 
 
-def _check_formats(rule: Rule, options: Mapping[str, Any]) -> None:
+def _check_formats(rule: Rule, group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     if options.get("state_dtype") is not None:
         formats.check_state_dtype(rule, options["state_dtype"])
+        if rule.subtracts is not None and switched_on(group.get(rule.subtracts)):
+            formats.check_exact(rule, options["state_dtype"])
+    if options.get("state_rounding", "nearest") != "nearest" and any(slot.shape is not None for slot in rule.state):
+        raise ValueError(f"state_rounding={options['state_rounding']!r} is not supported by {rule.name}: leave it out")
     weights = options.get("master_weights")
-    if weights is not None and weights not in formats.WEIGHTS:
+    if weights is not None and (not isinstance(weights, str) or weights not in formats.WEIGHTS):
         raise ValueError(f"master_weights must be None or one of {', '.join(formats.WEIGHTS)}, got {weights!r}")
     if "master_rounding" in options and weights not in (None, "split8"):
         raise ValueError(f"master_rounding is for master_weights='split8' alone, not for {weights!r}: leave it out")

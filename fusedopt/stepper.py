@@ -35,6 +35,8 @@ class Stepper(torch.optim.Optimizer):
     _swapped = False  # inside swap_ema
     _norm_at_backward: bool | str = False
     _source: Source | None = None
+    _release_gradients = False
+    _release: Any = None  # a `Release`, which needs this class
     _counters: dict[Tensor, Tensor]
 
     def _begin(self) -> None:
@@ -65,6 +67,9 @@ class Stepper(torch.optim.Optimizer):
     def _step(self, grads: list[Tensor] | None = None, total_norm: float | Tensor | None = None) -> None:
         """One step; ``grads`` stand in for the gradients of the parameters that have one, in their order."""
         given = self._given(total_norm)
+        if self._release is not None:
+            self._release.step(given)
+            return
         if capturing():
             capture(self, grads, given)
             return
@@ -118,8 +123,9 @@ class Stepper(torch.optim.Optimizer):
         """Drop the plan and everything it holds: state, packed parameters, device tables."""
         self._plan = self._reported = None
         self.__dict__.pop("_parts", None)
-        if self._source is not None:
-            self._source.leave()
+        for hooks in (self._source, self._release):
+            if hooks is not None:
+                hooks.leave()
         self._written: list[Tensor] = []
 
     def _build(self) -> Plan:
