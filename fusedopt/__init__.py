@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .clip import clip_grad_norm_, get_total_norm
     from .custom import Optimizer, make_rule
     from .flatten import flatten_, unflatten_
+    from .foreign import import_state_dict
     from .optimizer import FusedOptimizer
     from .options import Options
     from .rule import Rule, Slot
@@ -51,13 +52,14 @@ __all__ = [
     "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor", "Adagrad", "Adam",
     "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "GradScaler", "Lion", "Muon", "NAdam", "NovoGrad",
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
-    "StableAdamW", "__version__", "clip_grad_norm_", "flatten_", "get_total_norm", "make_rule", "unflatten_",
+    "StableAdamW", "__version__", "clip_grad_norm_", "flatten_", "get_total_norm", "import_state_dict", "make_rule",
+    "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {
     "FusedOptimizer": ".optimizer", "GradScaler": ".amp", "Optimizer": ".custom", "Options": ".options",
     "Rule": ".rule", "Slot": ".rule", "clip_grad_norm_": ".clip", "flatten_": ".flatten", "get_total_norm": ".clip",
-    "make_rule": ".custom", "unflatten_": ".flatten",
+    "import_state_dict": ".foreign", "make_rule": ".custom", "unflatten_": ".flatten",
     **{cls: f".rules.{name}" for name, cls in RULES.items()},
 }  # fmt: skip
 

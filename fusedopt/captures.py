@@ -29,6 +29,8 @@ def capture(optimizer: "Stepper", grads: list[Tensor] | None, given: dict[int, A
             "norm_at_backward does not work inside a CUDA graph, whose replays would not check what became of the "
             "gradients after their hooks: leave the option out of an optimizer whose step is captured"
         )
+    if optimizer._offload_state:
+        raise RuntimeError("offload_state=True does not work inside a CUDA graph: leave it out of a captured optimizer")
     try:
         plan = optimizer._build()
         parts = optimizer._parts

@@ -76,7 +76,7 @@ def recognise(state: dict[str, Any], slot: Slot, shape: torch.Size) -> StateForm
         RuntimeError: they are of none, or not of this parameter.
     """
     codes, scales = (state.get(key) for key in keys(slot.name))
-    for form in QUANTISED.get(slot.kind, {}).values():
+    for form in QUANTISED.get(slot.kind, {}).values() if len(shape) else ():  # a number alone has no rows
         if isinstance(codes, Tensor) and isinstance(scales, Tensor):
             have = (tuple(codes.shape), codes.dtype), (tuple(scales.shape), scales.dtype)
             if have == tuple(zip(shapes(form, shape), (form.code, form.scale), strict=True)):

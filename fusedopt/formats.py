@@ -81,6 +81,32 @@ def check_state_dtype(rule: Rule, value: Any) -> None:
             raise ValueError(f"state_dtype={value!r} is not supported by {rule.name}; use one of {', '.join(WIDE)}")
 
 
+def check_exact(rule: Rule, value: Any) -> None:
+    """Refuse every ``state_dtype`` but fp32: a difference of rounded averages may be negative, and its root NaN.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    for name in value.values() if isinstance(value, Mapping) else (value,):
+        if name != "float32":
+            raise ValueError(
+                f"state_dtype={name!r}: {rule.name} with {rule.subtracts} takes differences of its averages, which "
+                f"this would round; use 'float32', or leave {rule.subtracts} out"
+            )
+
+
+def check_weights(params: Any, chosen: Mapping[str, Any]) -> None:
+    """Refuse a weight format that does not hold some parameter of a new group; params: as torch.optim takes them.
+
+    Raises:
+        ValueError: names format and dtype.
+    """
+    for entry in (params,) if isinstance(params, Tensor) else params:
+        p = entry[-1] if isinstance(entry, tuple) else entry
+        if isinstance(p, Tensor):
+            weight_format(p, chosen)
+
+
 def _check_name(name: Any) -> None:
     if name not in NAMES:
         raise ValueError(f"state_dtype must be one of {', '.join(NAMES)}, float8, or a dict of these, got {name!r}")
@@ -137,7 +163,10 @@ def is_random(chosen: Mapping[str, Any]) -> bool:
 
 def needs_order(p: Tensor, chosen: Mapping[str, Any], rule: Rule) -> bool:
     """Whether a parameter's elements must lie in the order of its indices: for groups and random numbers."""
-    if is_random(chosen) and p.dtype in REAL:
-        return True
+    return (is_random(chosen) and p.dtype in REAL) or is_quantised(p, chosen, rule)
+
+
+def is_quantised(p: Tensor, chosen: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether some state of a parameter is."""
     storages = (slot_storage(slot, p, chosen) for slot in rule.state if slot.kind != "scalar")
     return "state_dtype" in chosen and any(isinstance(x, StateFormat) for x in storages)

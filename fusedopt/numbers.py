@@ -95,6 +95,7 @@ class Shared:
 
     def __init__(self, launcher: launch.Launcher, metrics: Metrics) -> None:
         self.launcher, self.metrics = launcher, metrics
+        self.offload: Any = None  # an `Offload`, where state is on the host
         self._hypers: OrderedDict[Hashable, NumberTable] = OrderedDict()
         self.tallies: dict[torch.device, Tensor] = {}
 

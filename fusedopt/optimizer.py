@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from . import checkpoint, compiled, flatten, formats, options, release, source
+from . import checkpoint, compiled, flatten, formats, offload, options, release, source
 from .arguments import check_backend, check_flags
 from .average import ema_parameters, refuse_swapped, swap_ema
 from .captures import refresh
@@ -41,6 +41,7 @@ class FusedOptimizer(Stateful):
             raise ValueError(f"amp_scaling must be True or False, got {amp_scaling!r}")
         self._norm_at_backward = source.checked(chosen.get("norm_at_backward", False), amp_scaling)
         self._release_gradients = release.checked(chosen)
+        self._offload_state = offload.checked(chosen)
         # asked for its flag, a stock GradScaler shows itself; it would rewrite gradients behind the hooks
         self._step_supports_amp_scaling = amp_scaling or bool(self._norm_at_backward) or self._release_gradients
         self._options = options.given(type(self).__name__, chosen)
@@ -215,6 +216,8 @@ class FusedOptimizer(Stateful):
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def __getstate__(self) -> dict[str, Any]:
+        if self._offload_state:
+            offload.finish()
         return {
             **super().__getstate__(),
             "backend": self.backend,
@@ -223,6 +226,7 @@ class FusedOptimizer(Stateful):
             "_metrics": self._metrics,
             "_norm_at_backward": self._norm_at_backward,
             "_release_gradients": self._release_gradients,
+            "_offload_state": self._offload_state,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 

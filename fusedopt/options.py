@@ -45,6 +45,10 @@ class Options(TypedDict, total=False):
     all of them works with it: clipping by their norm, skipping, metrics, accumulation, a GradScaler; nor do several
     processes and CUDA graphs. For the whole optimizer.
 
+    offload_state: keep state in pinned host memory and stream it through the GPU in every step, in buffers of which one
+    arrives, one is updated and one leaves at a time; the same bits. Default False. Weight averages stay on the GPU. For
+    the whole optimizer.
+
     clip_grad_norm: largest norm of the gradients after unscaling, float or one-element tensor; default None. Each
     gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
     its way into the update: ``p.grad`` is left as it is. clip_scope: ``"global"`` (default) clips the norm of all the
@@ -100,6 +104,7 @@ class Options(TypedDict, total=False):
     amp_scaling: bool
     norm_at_backward: bool | Literal["check"]
     release_gradients: bool
+    offload_state: bool
     clip_grad_norm: float | Tensor | None
     clip_norm_type: float
     clip_scope: Literal["global", "tensor"]
@@ -129,7 +134,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
-WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward", "release_gradients")
+WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward", "release_gradients", "offload_state")
 """Options of the whole optimizer."""
 
 

@@ -13,6 +13,7 @@ from .conditions import Conditions
 from .derived import without_average
 from .eager import EagerStep
 from .numbers import Shared
+from .offload import OffloadTables, warn_on_host
 from .plan import Segment
 from .rule import Rule
 from .sparse import EagerRows, SparseTables
@@ -62,9 +63,15 @@ class Parts:
                 own = [without_average(s) for s in own]
             self.shared.metrics.check(rule, is_sparse)
             if kernels:
-                kind = SparseTables if is_sparse else rule.kernel_part or DeviceTables
+                kind = (
+                    SparseTables
+                    if is_sparse
+                    else rule.kernel_part or (OffloadTables if self.shared.offload else DeviceTables)
+                )
                 made = kind(rule, own, plan.groups, self.shared)
             else:
+                if self.shared.offload is not None:
+                    warn_on_host()
                 step = EagerRows if is_sparse else rule.eager_part or EagerStep
                 made = step(rule, own, plan.groups, self.shared.metrics)
             (self.tables if kernels else self.eager).extend(made if isinstance(made, list) else [made])

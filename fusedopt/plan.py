@@ -22,7 +22,8 @@ from .average import init_ema, is_averaged
 from .formats import REAL, needs_order, rounds_at_random, weight_format
 from .groups import GroupOptions
 from .guard import guard_of
-from .state import drop_counters, init_state
+from .masters import Watch
+from .state import drop_counters
 from .streams import key_of
 from .support import check_distinct, check_supported
 
@@ -104,15 +105,16 @@ class Plan:
                 else:
                     check_supported(optimizer, p, self.groups[index])
                     members = self.segments if p.grad.layout == torch.strided else self.sparse
-                    members.append(Segment(p, index, len(members), _in_order(p, self.groups[index])))
+                    members.append(Segment(p, index, len(members), in_order(p, self.groups[index])))
                     members[-1].keys = _keys(p, self.groups[index], place)
         self._check_complex()
         for segment in (*self.segments, *self.sparse):
-            init_state(optimizer, segment, self.groups[segment.group])
+            optimizer._init_state(segment, self.groups[segment.group])
         for segment in (*self.segments, *self.sparse, *self.idle):
             if self.groups[segment.group].averaged:
                 init_ema(optimizer, segment)
         drop_counters(optimizer)
+        self.masters = Watch(optimizer, (*self.segments, *self.sparse, *self.idle))
         self.params = [s.param for s in self.segments]
         self.updated = [*self.params, *(s.param for s in self.sparse)]
         check_distinct(self.updated, list(map(_address, self.updated)))
@@ -183,13 +185,14 @@ class Plan:
             return False
         if list(map(_address, self.placed)) != self.addresses:
             return False
-        if not all(s.param.grad is not None and s.param.grad.layout == torch.sparse_coo for s in self.sparse):
+        if not all(_still_sparse(s) for s in self.sparse):
             return False
         states = _state_values(optimizer)
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
             return False
         if list(map(_address, self.state_tensors)) != self.state_addresses:
             return False
+        self.masters.renew()
         self.set_gradients(grads)
         return True
 
@@ -215,9 +218,16 @@ class Plan:
         for segment in self.packed:
             segment.param.detach().copy_(segment.weight)
         torch.autograd.graph.increment_version(self.updated)
+        self.masters.see()
 
 
-def _in_order(p: Tensor, options: GroupOptions) -> bool:
+def _still_sparse(s: Segment) -> bool:
+    """The gradient is one that the plan was checked with (`check_supported`)."""
+    grad = s.param.grad
+    return grad is not None and grad.layout == torch.sparse_coo and (grad.sparse_dim() == 1 or not any(s.formats))
+
+
+def in_order(p: Tensor, options: GroupOptions) -> bool:
     """Whether elements must lie in the order of their indices: matrix rules see rows and columns, groups are runs in a
     row, random numbers go by the index.
     """

@@ -61,7 +61,7 @@ class Slot:
             raise ValueError(
                 f"slot {self.name!r}: kind must be signed, nonnegative, weight or scalar, got {self.kind!r}"
             )
-        if self.name in ("step", "update_mask", "param_residual", "ema", "ema_step"):
+        if self.name in ("step", "update_mask", "param_residual", "master_param", "ema", "ema_step"):
             raise ValueError(f"slot {self.name!r}: the engine keeps something else under this name; choose another")
 
 
@@ -84,6 +84,7 @@ class Rule:
     sparse: ``"rows"`` if the rule takes sparse gradients as torch does, ``"only"`` if it takes no others, ``"lazy"`` if
     it takes them only under ``sparse="lazy"``, None if never.
     moves_all: group key that, when on, makes rows without a gradient move as well (momentum).
+    subtracts: group key that, when on, makes the update subtract averages from each other, which must be exact then.
     defaults: values of hyper-parameters and switches that `Optimizer` fills in.
     """
 
@@ -107,6 +108,7 @@ class Rule:
     measures: bool = True
     sparse: Literal["rows", "only", "lazy"] | None = None
     moves_all: str | None = None
+    subtracts: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     kernel_part: Any = None
     eager_part: Any = None

@@ -23,6 +23,7 @@ from torch import Tensor
 from fusedopt_kernels.numerics import power, power_eager
 
 from .average import refuse_swapped
+from .masters import has_more, move_towards
 from .optimizer import FusedOptimizer
 from .rule import Slot, lookup
 from .state import MASK
@@ -99,12 +100,16 @@ class ScheduleFree(FusedOptimizer):
             if bool(group["train_mode"]) == training:
                 continue
             beta = float(lookup(group, self._beta))
-            pairs = [(p, self.state[p]["z"].to(p)) for p in group["params"] if "z" in self.state.get(p, {})]
-            if pairs:
-                params, ends = map(list, zip(*pairs, strict=True))
-                masks = [(p, m, p.clone()) for p in params if (m := self.state[p].get(MASK)) is not None]
-                weight = 1.0 - beta if training else 1.0 - 1.0 / beta
+            weight = 1.0 - beta if training else 1.0 - 1.0 / beta
+            averaged = [p for p in group["params"] if "z" in self.state.get(p, {})]
+            params = [p for p in averaged if not has_more(p, group)]
+            masks = [(p, m, p.clone()) for p in params if (m := self.state[p].get(MASK)) is not None]
+            if params:
+                ends = [self.state[p]["z"].to(p) for p in params]
                 torch._foreach_lerp_(params, ends, weight)  # pyright: ignore[reportPrivateImportUsage] # has no other name
-                for p, mask, before in masks:
-                    p.copy_(torch.where(mask, p, before))
+            for p, mask, before in masks:
+                p.copy_(torch.where(mask, p, before))
+            for p in averaged:
+                if has_more(p, group):
+                    move_towards(self, p, self.state[p]["z"], weight, group)
             group["train_mode"] = training

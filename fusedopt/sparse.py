@@ -71,7 +71,7 @@ class SparseTables(DeviceTables):
         for row, (index, values) in zip(rows, self._found, strict=True):
             stored = values.numel() * (2 if values.is_complex() else 1)
             row[table.INDEX.value], row[table.NUMEL.value] = index.data_ptr(), stored
-            length = row[table.ROW_LENGTH.value] = stored // max(1, len(index)) or 1
+            length = row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = stored // max(1, len(index)) or 1
             row[table.MEASURE_COUNT.value] = -(-stored // length * filled(length) // table.CHUNK)
         counts = -(-rows[:, table.NUMEL.value] // table.NORM_CHUNK)
         rows[:, table.NORM_COUNT.value], rows[:, table.NORM_START.value] = counts, np.cumsum(counts) - counts
@@ -153,7 +153,7 @@ class EagerRows:
         self.step.run([values for _, values in found], conditions)
         for s, small, (rows, _) in zip(self.segments, gathered, found, strict=True):
             for whole, part in zip(_written(s), _written(small), strict=True):
-                whole.view(-1, part.shape[1]).index_copy_(0, rows, part)
+                _plain(whole).view(-1, part.shape[1]).index_copy_(0, rows, _plain(part))
 
 
 def _gather(s: Segment, position: int, rows: Tensor, values: Tensor) -> Segment:
@@ -180,3 +180,8 @@ def _gather(s: Segment, position: int, rows: Tensor, values: Tensor) -> Segment:
 def _written(s: Segment) -> list[Tensor]:
     """What a step changes."""
     return [s.weight.detach(), *s.slots, *(t for t in (*s.scales, s.residual) if t is not None)]
+
+
+def _plain(t: Tensor) -> Tensor:
+    """The same memory in a dtype that torch can scatter: 8-bit floating point is none."""
+    return t.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else t

@@ -6,6 +6,7 @@ State that is there already (loaded, pre-created, on another device or in anothe
 missing is created.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 MASK = "update_mask"
 """State key of an update mask: bool, like the parameter; False keeps an element as it is."""
 
+BESIDE = ("param_residual", "master_param")
+"""State keys of what weight formats keep beside a weight."""
+
 
 def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions") -> None:
     """Create what is missing of a segment's state, convert what is in another format, hand the segment its tensors."""
@@ -42,7 +46,9 @@ def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions"
         _check_ready(optimizer, segment, state, options, counts)
     fresh = all(state.get(slot.name) is None and state.get(keys(slot.name)[0]) is None for slot in options.slots)
     if counts:
-        state["step"] = number_tensor(state.get("step", 0.0), p.device)
+        # torch keeps none for this rule: its state is past the first step then
+        start = 0.0 if rule.counts_in_state or fresh else 1.0
+        state["step"] = number_tensor(state.get("step", start), p.device)
         segment.counter = state["step"]
     elif options.slots:
         segment.counter = _hidden_counter(optimizer, p, fresh)
@@ -71,40 +77,51 @@ def _draws(segment: "Segment", options: "GroupOptions") -> bool:
 
 
 def _take_slot(slot: Slot, like: Tensor, segment: "Segment", state: dict[str, Any], options: "GroupOptions") -> None:
-    """Values, scales and format of a slot, in the state and in the segment."""
-    p = segment.param
-    storage, codes_key = slot_storage(slot, p, options.options), keys(slot.name)
+    """Values, scales and format of a slot, in the state and in the segment; another format's are converted."""
+    p, storage, coded = segment.param, slot_storage(slot, segment.param, options.options), keys(slot.name)
     if isinstance(storage, StateFormat):
-        if state.get(codes_key[0]) is None or recognise(state, slot, p.shape) is not storage:
+        if not _is_kept_in(state, slot, p, storage):
             have = values(state, slot, p.shape)
             if have is None and slot.init == "zeros":
                 made = zeros(storage, like)
             else:
-                have = (
-                    torch.full_like(like.detach(), _initial(slot, options), dtype=torch.float32)
-                    if have is None
-                    else have
-                )
+                if have is None:
+                    have = torch.full_like(like.detach(), _initial(slot, options), dtype=torch.float32)
                 made = encode(fit(slot.name, have, p).to(p.device, torch.float32), storage)
             state.pop(slot.name, None)
-            state.update(zip(codes_key, made, strict=True))
-        for key in codes_key:
+            state.update(zip(coded, made, strict=True))
+        for key in coded:
             state[key] = state[key].to(p.device).contiguous()
-        segment.slots.append(state[codes_key[0]])
-        segment.scales.append(state[codes_key[1]])
+        segment.slots.append(state[coded[0]])
+        segment.scales.append(state[coded[1]])
         segment.formats.append(storage)
         return
     have = values(state, slot, p.shape) if slot.shape is None else state.get(slot.name)
     if have is None:
         have = _make_slot(slot, like, segment, options, storage)
-    elif options.options.get("state_dtype") is not None and not have.is_complex():
+    elif not have.is_complex() and _is_cast(slot, p, have.dtype, options):
         have = have.to(storage)
-    for key in codes_key:
-        state.pop(key, None)
     state[slot.name] = fit(slot.name, have, like)
+    for key in coded if slot.shape is None else ():
+        state.pop(key, None)
     segment.slots.append(state[slot.name])
     segment.scales.append(None)
     segment.formats.append(None)
+
+
+def _is_kept_in(state: dict[str, Any], slot: Slot, p: Tensor, storage: StateFormat) -> bool:
+    """Whether a slot is there, in this format; plain values beside codes are newer than they."""
+    if state.get(slot.name) is not None or state.get(keys(slot.name)[0]) is None:
+        return False
+    return recognise(state, slot, p.shape) is storage
+
+
+def _is_cast(slot: Slot, p: Tensor, dtype: torch.dtype, options: "GroupOptions") -> bool:
+    """Whether plain values that are there take the dtype of new ones: where the group names it, or it is wider."""
+    asked = options.options.get("state_dtype")
+    if asked is not None and (slot.name in asked if isinstance(asked, Mapping) else slot.kind != "weight"):
+        return True
+    return p.dtype in LOW and dtype in LOW and slot_storage(slot, p, options.options) == torch.float32
 
 
 def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
@@ -114,11 +131,14 @@ def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
         RuntimeError: it is in no known format.
     """
     form, p = segment.weight_format, segment.param
+    if p.dtype not in LOW:
+        fold_residual(p, state)
     found = held_format(p, state)
     if found is not None and found.key is not None and found is not form:
-        beside = fit(found.key, state.pop(found.key), p, (found.dtype_beside(p),))
+        beside = fit(found.key, state[found.key], p, (found.dtype_beside(p),))
+        del state[found.key]
         if form is not None and form.key is not None:
-            x, made = found.load(p.detach(), beside.to(p.device)), torch.empty_like(p.detach())
+            x, made = found.load(p.detach(), beside), torch.empty_like(p.detach())
             state[form.key] = form.initial(made)
             form.store(x, made, state[form.key], None)
             p.detach().copy_(made)  # ties may be rounded another way
@@ -130,23 +150,52 @@ def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
     state[form.key] = segment.residual = fit(form.key, made, segment.weight, (form.dtype_beside(p),))
 
 
+def fold_residual(p: Tensor, state: dict[str, Any]) -> None:
+    """Give a parameter that is of a wide dtype now what lay beside it when it was bf16 or fp16.
+
+    Numbers that something else wrote since, which the narrow dtype does not hold, are left as they are.
+    """
+    for key in BESIDE:
+        if not isinstance(have := state.get(key), Tensor) or not p.is_floating_point():
+            continue
+        low = have.dtype if have.dtype in LOW else torch.bfloat16
+        before = p.detach().to(low)
+        form = held_format(before, state)
+        assert form is not None
+        x = form.load(before, fit(key, have, before, (have.dtype,)))
+        if form.key == "master_param":  # of either dtype
+            same = (x.to(torch.bfloat16).to(p.dtype) == p) | (x.to(torch.float16).to(p.dtype) == p)
+        else:
+            same = before.to(p.dtype) == p
+        del state[key]
+        p.detach().copy_(torch.where(same, x.to(p.dtype), p.detach()))
+
+
 def held_format(p: Tensor, state: dict[str, Any]) -> WeightFormat | None:
     """The format of a low-precision parameter that its state is of; None: plain or rounded stochastically.
 
     Raises:
         RuntimeError: there is something of no known format.
     """
-    for key in ("param_residual", "master_param"):
+    for key in BESIDE:
         have = state.get(key)
         if isinstance(have, Tensor) and p.dtype in LOW:
             for form in WEIGHTS.values():
-                if form.key == key and have.dtype == form.dtype_beside(p):
+                if form.key == key and have.dtype == form.dtype_beside(p) and _holds(form, p.dtype):
                     return form
             raise RuntimeError(
                 f"optimizer state {key!r} of dtype {have.dtype} belongs to no weight format of {p.dtype} parameters; "
                 "load a checkpoint of this model or clear optimizer.state"
             )
     return None
+
+
+def _holds(form: WeightFormat, dtype: torch.dtype) -> bool:
+    try:
+        form.codec(dtype, False)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_ready(
@@ -157,15 +206,19 @@ def _check_ready(
     needed = [state.get(slot.name) for slot in rule.scalar_slots]
     for slot in options.slots:
         if slot.shape is None or slot.shape(p) is not None:
-            quantised = isinstance(slot_storage(slot, p, options.options), StateFormat)
-            needed.extend(state.get(key) for key in (keys(slot.name) if quantised else (slot.name,)))
+            storage = slot_storage(slot, p, options.options)
+            if isinstance(storage, StateFormat):
+                ready = _is_kept_in(state, slot, p, storage)
+                needed.extend(state.get(key) if ready else None for key in keys(slot.name))
+            else:
+                needed.append(state.get(slot.name))
     needed.extend([state[MASK]] if state.get(MASK) is not None else [])
     if counts:
         needed.append(state.get("step"))
     elif options.slots:
         needed.append(optimizer._counters.get(p))
     if form is not None and form.key is not None:
-        needed.append(state.get(form.key))
+        needed.append(state.get(form.key) if held_format(p, state) is form else None)
     if not all(isinstance(have, Tensor) and have.device == p.device for have in needed):
         raise RuntimeError(
             f"a parameter of shape {tuple(p.shape)} has no optimizer state on {p.device} yet, and a CUDA graph that "

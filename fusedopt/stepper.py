@@ -10,12 +10,15 @@ from fusedopt_kernels import launch, table
 from . import buffers, flatten
 from .arguments import check_given
 from .captures import capture
+from .groups import GroupOptions
 from .metrics import Metrics
 from .numbers import Shared
+from .offload import Offload
 from .parts import Parts
-from .plan import Plan
+from .plan import Plan, Segment
 from .rule import Rule
 from .source import Source
+from .state import init_state
 from .upload import capturing
 
 _LAUNCHER = launch.Launcher()
@@ -35,6 +38,7 @@ class Stepper(torch.optim.Optimizer):
     _swapped = False  # inside swap_ema
     _norm_at_backward: bool | str = False
     _source: Source | None = None
+    _offload_state = False
     _release_gradients = False
     _release: Any = None  # a `Release`, which needs this class
     _counters: dict[Tensor, Tensor]
@@ -42,6 +46,7 @@ class Stepper(torch.optim.Optimizer):
     def _begin(self) -> None:
         """No plan, no captured steps, no counts."""
         self._shared = Shared(self._launcher, self._metrics)
+        self._shared.offload = Offload() if self._offload_state else None
         self._captures: list[tuple[Plan, Parts]] = []
         self._source = Source(self._norm_at_backward == "check") if self._norm_at_backward else None
         self._forget_plan()
@@ -53,6 +58,13 @@ class Stepper(torch.optim.Optimizer):
     def defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
         """Group keys of that rule, with their defaults."""
         return self.defaults
+
+    def _init_state(self, segment: Segment, options: GroupOptions) -> None:
+        """Make or take over what a segment needs of its parameter's state."""
+        if self._shared.offload is None:
+            init_state(self, segment, options)
+        else:
+            self._shared.offload.init_state(self, segment, options)
 
     @property
     def _tables(self) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
 
 from . import layout
+from .formats import is_quantised
 from .groups import GroupOptions
 from .rule import switched_on
 
@@ -58,6 +59,12 @@ def _check_sparse(name: str, p: Tensor, options: GroupOptions) -> None:
         )
     if options.cautious:
         raise RuntimeError(f"{name}: cautious updates do not take sparse gradients yet")
+    if p.grad is not None and p.grad.sparse_dim() > 1 and is_quantised(p, options.options, rule):
+        raise RuntimeError(
+            f"{name}: a gradient with {p.grad.sparse_dim()} sparse dimensions touches parts of rows, whose quantised "
+            "state shares its scales with the rest; give that state state_dtype='float32', or the gradient one sparse "
+            "dimension"
+        )
     if not p.is_contiguous():
         raise RuntimeError(f"{name}: a parameter with sparse gradients must be contiguous, got strides {p.stride()}")
 

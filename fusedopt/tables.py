@@ -116,11 +116,14 @@ class DeviceTables(Rows):
         """What follows the scalars launch."""
         out: list[Launch] = []
         for key, members in self._by(self._variant).items():
-            chunks = self._chunk_map(members, table.MEASURE_COUNT.value, True)
-            if len(chunks):
-                args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
-                out.extend((spec, len(chunks), args) for spec in self._update_specs(key))
+            out.extend(self._variant_launches(key, members))
         return out
+
+    def _variant_launches(self, key: tuple[Any, ...], members: Sequence[int]) -> list[Launch]:
+        """The update of some segments of one variant."""
+        chunks = self._chunk_map(members, table.MEASURE_COUNT.value, True)
+        args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
+        return [(spec, len(chunks), args) for spec in self._update_specs(key)] if len(chunks) else []
 
     def _by(self, key: Callable[[Segment], Any]) -> dict[Any, list[int]]:
         found: dict[Any, list[int]] = {}

@@ -1,6 +1,7 @@
 """Compile every variant that a step would use, on small stand-ins for the real tensors."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from fusedopt_kernels import table
 
+from .encoded import keys
+from .formats import SMALLEST, is_quantised
 from .options import KEY
 from .rule import Rule
 from .source_sums import prepare
@@ -64,23 +67,35 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
         members, rule = [], optimizer.rule_of(group)
         for p in group["params"]:
             if p.requires_grad:
-                members.append(_stand_in(p, rule))
+                members.append(_stand_in(p, rule, group.get(KEY, {})))
                 stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1], rule)))
         groups.append({**group, "params": members})
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     state.update({p: s for p, s in stand_ins if s})
-    shadow.__setstate__({**optimizer.__getstate__(), "state": state, "param_groups": groups, "_counters": {}})
+    own = {"_offload_state": False, "state": state, "param_groups": groups, "_counters": {}}
+    shadow.__setstate__({**optimizer.__getstate__(), **own})
     shadow._launcher = optimizer._launcher
     return shadow
 
 
-def _stand_in(p: Tensor, rule: Rule) -> Tensor:
-    if p.grad is not None and p.grad.layout == torch.sparse_coo:
-        small = torch.zeros(1, dtype=p.dtype, device=p.device, requires_grad=True)
-        small.grad = torch.ones(1, dtype=p.dtype, device=p.device).to_sparse()
-        return small
-    shape = rule.small(p) if rule.small else (1,) * p.dim()
+def _shape(p: Tensor, rule: Rule, chosen: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of a small parameter that takes the same kernels."""
+    if rule.small:
+        return rule.small(p)
+    if is_quantised(p, chosen, rule):  # no smaller one would be, and rows are whole groups or not
+        length = 1 if p.shape[1:].numel() % table.SCALE_GROUP else table.SCALE_GROUP
+        return (SMALLEST // length, length, *(1,) * (p.dim() - 2))
+    return (1,) * p.dim()
+
+
+def _stand_in(p: Tensor, rule: Rule, chosen: Mapping[str, Any]) -> Tensor:
+    shape = _shape(p, rule, chosen)
     small = torch.zeros(shape, dtype=p.dtype, device=p.device, requires_grad=True)
+    if p.grad is not None and p.grad.layout == torch.sparse_coo:
+        row = torch.zeros((1, 1), dtype=torch.int64, device=p.device)
+        values = torch.ones((1, *shape[1:]), dtype=p.grad.dtype, device=p.device)
+        small.grad = torch.sparse_coo_tensor(row, values, shape, check_invariants=True)
+        return small
     dtype = p.grad.dtype if p.grad is not None else getattr(p, "grad_dtype", None) or p.dtype
     if dtype != p.dtype:
         small.grad_dtype = dtype
@@ -91,6 +106,11 @@ def _stand_in(p: Tensor, rule: Rule) -> Tensor:
 def _small_state(state: dict[str, Any], p: Tensor, rule: Rule) -> dict[str, Any]:
     shapes = {slot.name: slot.shape(p) or () for slot in rule.state if slot.shape is not None}
     whole = tuple(p.shape)
+    for slot in rule.state:
+        codes, scales = keys(slot.name)
+        if codes in state:
+            state = {key: value for key, value in state.items() if key not in (codes, scales)}
+            state[slot.name] = torch.zeros(whole)  # what they stand for
 
     def shape_of(key: str, value: Tensor) -> tuple[int, ...]:
         return shapes.get(key, whole if value.dim() or key == MASK else ())

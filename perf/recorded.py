@@ -13,7 +13,7 @@ from fusedopt.train.trainer import Trainer
 
 SMALLEST = 4096
 """Parameters of fewer elements keep their state in fp32, so they are not recorded."""
-GRADIENT_ROWS, STATE_ROWS = 2, 64
+GRADIENT_ROWS, STATE_ROWS = 1, 64
 """Rows of each matrix that are kept: of the gradients in every step, of the state where it is taken."""
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "lion": {"optimizer": "lion", "lr": 3e-4},
     "rmsprop": {"optimizer": "rmsprop"},
     "adagrad": {"optimizer": "adagrad", "lr": 1e-2},
-    "ademamix": {"optimizer": "ademamix"},
     "adan": {"optimizer": "adan"},
 }
 """Optimizers by name, with what differs from the defaults of `fusedopt train`."""

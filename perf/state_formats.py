@@ -1,8 +1,8 @@
 """Which code for optimizer state loses least: ``python -m perf.state_formats``.
 
 State of the default training job is coded once (error of the slot and of Adam's update, also with outlier columns and
-with gradients of other magnitudes); coded again in each of 3000 steps on recorded gradients; and coded in every step
-of the job itself. Codes are simulated with plain tensors. Piped output is Markdown; `--out` gets every number.
+with gradients of other magnitudes), and coded again in each of 3000 steps on recorded gradients. Codes are simulated
+with plain tensors; for training with the real ones see `perf.losses`. Piped output is Markdown; `--out` keeps all rows.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from . import state_tables
 from .recorded import RUNS, record
 from .state_codes import SCALES, Format
-from .state_studies import Replay, Row, magnitudes, once, outliers, train
+from .state_studies import Replay, Row, magnitudes, once, outliers
 
 ROUNDINGS = ("nearest", "stochastic", "sequence")
 REPLAYED = {
@@ -34,16 +34,8 @@ RATES = {"nonnegative": (0.999, 0.95, 1.0), "signed": (0.9, 0.99)}
 """Decay of the averages that are replayed; 1 is Adagrad's sum."""
 
 LINEAR_8, ROOT_8 = Format(8, "signed", "linear"), Format(8, "signed", "square root")
-LINEAR_4, ROOT_4 = Format(4, "signed", "linear"), Format(4, "signed", "square root")
-LOG_8, LOG_4 = Format(8, "nonnegative", "integer log e4m4"), Format(4, "nonnegative", "integer log e3m1")
-FOURTH_8, FOURTH_4 = Format(8, "nonnegative", "4th root, no 0"), Format(4, "nonnegative", "4th root, no 0")
+LINEAR_4, FOURTH_8 = Format(4, "signed", "linear"), Format(8, "nonnegative", "4th root, no 0")
 FLOAT_8 = Format(8, "nonnegative", "float e4m3, no 0")
-TRAINED: dict[str, tuple[Format, ...]] = {
-    "8 bits: linear, logarithm of v": (LINEAR_8, LOG_8),
-    "4 bits: linear, logarithm of v": (LINEAR_4, LOG_4),
-    "4 bits: square root, 4th root of v": (ROOT_4, FOURTH_4),
-}
-"""Codes of AdamW's moments, for the job with coded state."""
 
 
 def replays(seed: int) -> Iterator[Replay]:
@@ -79,14 +71,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """All rows, by processes of one thread each."""
     with ProcessPoolExecutor(args.workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs = {name: pool.submit(from_run, name, args.steps, args.seed) for name in args.runs}
-        jobs: list[Future[Row]] = [pool.submit(train, "fp32", (), "nearest", args.steps, args.seed)]
-        jobs += [
-            pool.submit(train, name, codes, rounding, args.steps, args.seed)
-            for name, codes in TRAINED.items()
-            for rounding in ("nearest", "sequence", "sequence for v")
-        ]
         _, gradients = runs["adamw"].result()
-        jobs += [pool.submit(replay.run, gradients, args.replay_steps) for replay in replays(args.seed)]
+        jobs = [pool.submit(replay.run, gradients, args.replay_steps) for replay in replays(args.seed)]
         return [row for future in runs.values() for row in future.result()[0]] + [job.result() for job in jobs]
 
 
@@ -104,7 +90,7 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description="Which code for optimizer state loses least.")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="optimizers to record (all)")
-    parser.add_argument("--steps", type=int, default=150, help="steps of the training job (150)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the training job (100)")
     parser.add_argument("--replay-steps", type=int, default=3000, help="steps of the replay (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the job and of all random numbers (0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (2)")

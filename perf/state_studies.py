@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recorded import RUNS, Recording, matrices, quantisable, trainer
+from .recorded import RUNS, Recording
 from .state_codes import FORMATS, SCALES, Format, formats
 
 Row = dict[str, Any]
@@ -85,13 +85,13 @@ def label(how: Format) -> Row:
 
 
 def once(recording: Recording) -> Iterator[Row]:
-    """State coded once: every group size at the last step, groups of 64 at the others."""
+    """State coded once: with AdamW's last every size of group, with others groups of 64."""
     last = recording.steps[-1]
     for (step, key), slots in recording.slots.items():
         kind = recording.kinds[key]
         moments = Moments.of(recording, step) if recording.run.startswith("adamw") else None
         for how in [how for bits in (8, 4) for how in formats(bits, kind)]:
-            for size in GROUPS if step == last else (64,):
+            for size in GROUPS if step == last and moments is not None else (64,):
                 how = how._replace(group=size)
                 row = {"study": "once", "run": recording.run, "step": step, "slot": key, **label(how)}
                 row.update(slot_errors(slots, how))
@@ -153,18 +153,17 @@ def magnitudes(recording: Recording) -> Iterator[Row]:
             yield row
 
 
-def dither(rounding: str, kind: str, like: Tensor, step: int, generator: torch.Generator) -> Tensor | None:
+def dither(rounding: str, like: Tensor, step: int, generator: torch.Generator) -> Tensor | None:
     """Numbers of 16 bits in [0, 1), or None for nearest rounding.
 
-    stochastic: random. sequence: i·b + step·a mod 2¹⁶ (Weyl), even over steps and elements. sequence for v: that for
-    nonnegative slots, nearest for signed ones.
+    stochastic: random. sequence: i·b + step·a mod 2³² (Weyl), even over steps and elements.
     """
-    if rounding == "nearest" or (rounding == "sequence for v" and kind == "signed"):
+    if rounding == "nearest":
         return None
     if rounding == "stochastic":
         return torch.randint(1 << 16, like.shape, generator=generator) / (1 << 16)
     index = torch.arange(like.numel()).view(like.shape)
-    return ((index * 24109 + step * 40503) & 0xFFFF) / (1 << 16)
+    return ((index * 0x5E2D58D9 + step * 0x9E3779B9 & 0xFFFFFFFF) >> 16) / (1 << 16)
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class Replay:
             else:
                 state = state + (1 - self.rate) * (x - state)
                 exact = exact + (1 - self.rate) * (x.double() - exact)
-            state = self.how.coded(state, dither(self.rounding, self.how.kind, state, step, generator))
+            state = self.how.coded(state, dither(self.rounding, state, step, generator))
             if step in when:
                 found = _off(state, exact) if signed else _ratio(state, exact)
                 row.update({f"{when[step]}_{name}": value for name, value in found.items()})
@@ -228,17 +227,3 @@ def _ratio(state: Tensor, exact: Tensor) -> Row:
         "mean": float(ratio.mean()), "deviation": float(ratio.std()), "least": float(ratio.min()),
         "most": float(ratio.max()),
     }  # fmt: skip
-
-
-def train(name: str, codes: tuple[Format, ...], rounding: str, steps: int, seed: int) -> Row:
-    """The job with AdamW, whose moments of all matrices are coded after every step, each by its kind of slot."""
-    job = trainer("adamw", steps, seed)
-    params, generator = matrices(job), torch.Generator().manual_seed(seed)
-    coded = {key: how for key, kind in quantisable(job).items() for how in codes if how.kind == kind}
-    losses = []
-    for step in range(steps):
-        losses.append(float(job.step().loss))
-        for state, how in [(job.optimizer.state[p][key], how) for p in params for key, how in coded.items()]:
-            state.copy_(how.coded(state, dither(rounding, how.kind, state, step, generator)))
-    loss, val_loss = sum(losses[-20:]) / 20, job.evaluate()["val_loss"]
-    return {"study": "train", "code": name, "rounding": rounding, "loss": loss, "val_loss": val_loss}

@@ -63,7 +63,6 @@ def show(rows: list[Row]) -> None:
     _outliers(printer)
     _magnitudes(printer)
     _replays(printer)
-    _training(printer)
 
 
 def _slots(printer: Printer, bits: int, last: int) -> None:
@@ -136,13 +135,14 @@ def _replays(printer: Printer) -> None:
             _over_time(printer, f"{bits} bits, {what}", rows)
         _averages(printer, bits, [row for row in plain if (row["bits"], row["kind"]) == (bits, "signed")])
     v, m = ([row for row in other if row["kind"] == kind] for kind in ("nonnegative", "signed"))
-    _over_time(printer, "other scales and sizes of group: v, β₂ 0.999, 8 bits", list(map(_named, v)))
+    _over_time(printer, "8 bits, v with other scales and sizes of group", list(map(_named, v)))
     for bits in (8, 4):
         _averages(printer, bits, [_named(row) for row in m if row["bits"] == bits])
 
 
 def _named(row: Row) -> Row:
-    return {**row, "code": f"{row['code']}, {row['scale']}, groups of {row['group']}"}
+    rate = "" if row["kind"] == "signed" else f", β₂ {row['rate']:g}"
+    return {**row, "code": f"{row['code']}, {row['scale']}, groups of {row['group']}{rate}"}
 
 
 def _averages(printer: Printer, bits: int, rows: list[Row]) -> None:
@@ -167,11 +167,3 @@ def _over_time(printer: Printer, title: str, rows: list[Row]) -> None:
         ]
         lines.append([f"{row['code']}, {row['rounding']}", *cells])
     printer.table(f"{title}: {legend}", ["code", *PHASES], lines)
-
-
-def _training(printer: Printer) -> None:
-    lines = [
-        [row["code"], row["rounding"], f"{row['loss']:.4f}", f"{row['val_loss']:.4f}"]
-        for row in printer.select(study="train")
-    ]
-    printer.table("the job with coded moments", ["code", "rounding", "loss, last 20 steps", "validation loss"], lines)

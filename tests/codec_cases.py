@@ -14,12 +14,10 @@ from fusedopt_kernels.state.uint4 import UINT4
 from fusedopt_kernels.state.uint8 import UINT8
 from fusedopt_kernels.table import SCALE_GROUP as GROUP
 
-LARGEST_BF16 = float.fromhex("0x1.fep127")
-
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A format with a bf16 scale s: code c stands for ``value(c) · s / most``."""
+    """A format with a scale s: code c stands for ``value(c) · s / most``."""
 
     format: StateFormat
     name: str
@@ -48,12 +46,9 @@ class Scaled:
         return magnitudes if self.signed else magnitudes[1:]
 
     def scale(self, x: np.ndarray) -> np.ndarray:
-        """(groups,): largest magnitude rounded up to 8 bits of mantissa; 0 below 2⁻¹⁰⁰, NaN where not finite."""
+        """(groups,): largest magnitude; 0 below 2⁻¹⁰⁰, NaN where not finite."""
         top = np.abs(x.astype(np.float64)).max(axis=1)
-        mantissa, exponent = np.frexp(np.where(np.isfinite(top), top, 1.0))
-        s = np.ldexp(np.ceil(mantissa * 256.0) / 256.0, exponent)
-        s = np.where(s <= LARGEST_BF16, s, np.nan)
-        return np.where(np.isfinite(top), np.where(top < 2.0**-100, 0.0, s), np.nan)
+        return np.where(np.isfinite(top), np.where(top < 2.0**-100, 0.0, top), np.nan)
 
     def distance(self, y: np.ndarray) -> np.ndarray:
         """From |y| to the nearest number of the grid."""
@@ -120,25 +115,27 @@ ALL = (*SCALED, *LOG)
 
 def codes_of(case: Scaled | Log) -> int:
     """How many there are."""
-    return 16 if case.format.packed == 2 else 256
+    return 256 if case.format.packed == 1 else 16
 
 
 def as_codes(case: Scaled | Log, codes: np.ndarray) -> torch.Tensor:
-    """(groups, GROUP) numbers from 0 on, as the format keeps them."""
-    if case.format.packed == 2:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return torch.from_numpy(codes.astype(np.uint8)).view(case.format.code)
+    """(groups, GROUP) numbers from 0 on, as the format keeps them: 4-bit ones eight to a word, the first lowest."""
+    if case.format.packed == 1:
+        return torch.from_numpy(codes.astype(np.uint8)).view(case.format.code)
+    words = (codes.reshape(len(codes), -1, 8).astype(np.uint32) << np.arange(0, 32, 4, dtype=np.uint32)).sum(axis=2)
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
 
 
 def from_codes(case: Scaled | Log, codes: torch.Tensor) -> np.ndarray:
     """The reverse."""
-    raw = codes.view(torch.uint8).numpy().astype(np.int64)
-    return np.stack((raw & 15, raw >> 4), axis=2).reshape(len(raw), -1) if case.format.packed == 2 else raw
+    if case.format.packed == 1:
+        return codes.view(torch.uint8).numpy().astype(np.int64)
+    return (codes.numpy()[:, :, None] >> np.arange(0, 32, 4) & 15).reshape(len(codes), -1)
 
 
 def kept(case: Scaled | Log, x: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-    """What the format makes of (groups, GROUP) values, in float64, by its eager form."""
-    bits = None if noise is None else torch.from_numpy(noise.astype(np.int32))
+    """What the format makes of (groups, GROUP) values, in float64, by its eager form; noise: see `StateFormat`."""
+    bits = None if noise is None else torch.from_numpy(noise)
     codes, scales = case.format.store(torch.from_numpy(x.astype(np.float32)), bits)
     assert codes.shape == (len(x), GROUP // case.format.packed) and codes.dtype == case.format.code
     assert scales.shape == (len(x),) and scales.dtype == case.format.scale

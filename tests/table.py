@@ -105,13 +105,35 @@ TORCH_RULES = tuple(row for row in RULES if row.in_torch)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
-FORMATS: dict[str, dict[str, Any]] = {
+BASIC: dict[str, dict[str, Any]] = {
     "bf16 state": {"state_dtype": "bfloat16"},
     "split16 weights": {"master_weights": "split16"},
     "norm and coefficient": {"clip_grad_norm": 0.5},
     "skip": {"skip_nonfinite": True},
 }
-"""Private switches of the engine, one example of every axis; each row joins the tests over all formats."""
+"""Switches of the engine that go together and with parameters of every shape."""
+FORMATS: dict[str, dict[str, Any]] = {
+    **BASIC,
+    "stochastic state": {"state_dtype": "bfloat16", "state_rounding": "stochastic"},
+    "int8 state": {"state_dtype": "int8"},
+    "float8 state": {"state_dtype": "float8_e4m3", "state_rounding": "stochastic"},
+    "int4 state": {"state_dtype": "int4"},
+    "fp32 masters": {"master_weights": "float32"},
+    "split8 weights": {"master_weights": "split8"},
+    "kahan weights": {"master_weights": "kahan"},
+    "stochastic weights": {"master_weights": "stochastic"},
+}
+"""The same and one example of every further format; each row joins the tests over all formats."""
+
+
+def dtype_for(switches: dict[str, Any]) -> torch.dtype:
+    """Dtype of parameters that switches do something to."""
+    return torch.bfloat16 if "master_weights" in switches else torch.float32
+
+
+def shape_for(switches: dict[str, Any], shape: tuple[int, ...] = (3,)) -> tuple[int, ...]:
+    """Shape of such a parameter, ``shape`` if it does not matter."""
+    return (64, 64) if switches.get("state_dtype") in ("int8", "int4", "float8_e4m3") else shape
 
 
 def private(optimizer: Any, **options: Any) -> Any:

@@ -20,8 +20,8 @@ from codec_cases import (
 
 from fusedopt_kernels.table import SCALE_GROUP as GROUP
 
-MANTISSAS = np.arange(128, 256) / 128.0
-"""All that a bf16 scale can have."""
+MANTISSAS = 1.0 + np.concatenate(([0, 1, 2**23 - 1], np.random.default_rng(0).integers(0, 2**23, 45))) * 2.0**-23
+"""Of scales."""
 
 ROUNDINGS = 6 * 2.0**-24
 """Relative error of arithmetic in fp32 on the way x → code → x̂: M/s, its product with x, the constant next to 1/M (two
@@ -38,35 +38,41 @@ def in_groups(codes: np.ndarray, first: int) -> np.ndarray:
     return grouped(codes.astype(np.float32), first).astype(np.int64)
 
 
+def under_all_scales(codes: np.ndarray, exponent: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of codes once more for each of the mantissas, and the scales."""
+    return np.tile(codes, (len(MANTISSAS), 1)), np.repeat(np.ldexp(MANTISSAS, exponent), len(codes))
+
+
 @pytest.mark.parametrize("case", SCALED, ids=str)
 @pytest.mark.parametrize("exponent", [-100, -40, 0, 40, 127])
 def test_scaled_codes_decode_as_defined(case: Scaled, exponent: int) -> None:
-    codes = in_groups(finite_codes(case), 0)
-    for mantissa in MANTISSAS:
-        s = np.full(len(codes), np.ldexp(mantissa, exponent))
-        got = case.format.load(as_codes(case, codes), torch.from_numpy(s).to(torch.bfloat16)).numpy()
-        want = case.values[codes] * s[:, None] / case.most
-        tiny = 2.0**-150  # below 2⁻¹²⁶ fp32 is spaced by 2⁻¹⁴⁹
-        assert (np.abs(got - want) <= np.abs(want) * ROUNDINGS + tiny).all()
-        assert (np.signbit(got) == np.signbit(want))[want != 0].all()
+    codes, s = under_all_scales(in_groups(finite_codes(case), 0), exponent)
+    got = case.format.load(as_codes(case, codes), torch.from_numpy(s.astype(np.float32))).numpy()
+    want = case.values[codes] * s[:, None] / case.most
+    tiny = 2.0**-150  # below 2⁻¹²⁶ fp32 is spaced by 2⁻¹⁴⁹
+    assert (np.abs(got - want) <= np.abs(want) * ROUNDINGS + tiny).all()
+    assert (np.signbit(got) == np.signbit(want))[want != 0].all()
 
 
 @pytest.mark.parametrize("case", SCALED, ids=str)
-@pytest.mark.parametrize("exponent", [-99, -40, 0, 40, 127])
-def test_scaled_values_give_their_codes_and_scale_back(case: Scaled, exponent: int) -> None:
-    """Beside the largest code: loading and storing changes nothing, whatever the scale's mantissa."""
+@pytest.mark.parametrize("exponent", [-99, 0, 126])
+def test_scaled_values_give_their_codes_back(case: Scaled, exponent: int) -> None:
+    """Beside the largest code, whatever the scale's mantissa; the scale moves by three units and soon comes to rest."""
     codes = finite_codes(case)
     if not case.signed:
         codes = codes[case.values[codes] > 0]
-    values = np.where(case.values == 0, 0.0, case.values)  # −0 is a 0
-    for mantissa in MANTISSAS:
-        before = in_groups(codes, int(np.flatnonzero(case.values == case.most)[0]))
-        scales = torch.full((len(before),), float(np.ldexp(mantissa, exponent)), dtype=torch.bfloat16)
-        after, again = case.format.store(case.format.load(as_codes(case, before), scales), None)
-        assert torch.equal(again, scales)
-        filled = np.where(np.arange(before.size).reshape(before.shape) % GROUP == 0, case.most, values[before])
-        want = filled if case.signed else np.maximum(filled, case.grid[0])
-        np.testing.assert_array_equal(case.values[from_codes(case, after)], want)
+    largest = int(np.flatnonzero(case.values == case.most)[0])
+    before, s = under_all_scales(in_groups(codes, largest), exponent)
+    want = np.where(case.values[before] == 0, 0.0 if case.signed else case.grid[0], case.values[before])
+    scales = torch.from_numpy(s.astype(np.float32))
+    after, again = case.format.store(case.format.load(as_codes(case, before), scales), None)
+    assert ((again / scales - 1).abs() <= 3 * 2.0**-24).all()
+    np.testing.assert_array_equal(case.values[from_codes(case, after)], want)
+    for _ in range(20):
+        last = again
+        after, again = case.format.store(case.format.load(after, last), None)
+    assert torch.equal(again, last) and ((again / scales - 1).abs() <= 20 * 2.0**-24).all()
+    np.testing.assert_array_equal(case.values[from_codes(case, after)], want)
 
 
 @pytest.mark.parametrize("case", SCALED, ids=str)
@@ -135,8 +141,8 @@ def test_log_values_are_rounded_as_defined(case: Log, largest: float) -> None:
 
 
 BOUND = {"int8": 1 / 254, "int4": 1 / 14, "e4m3": 16 / 448, "e5m2": 4096 / 57344, "uint8": 1 / 33, "uint4": 1 / 5}
-"""Largest error in units of the group's largest number, rounded up (then 2⁻⁷ more): half of the largest step; of log
-formats half a step in units of the number below it, 2ᵏ(1 + ½·2⁻ᵐ).
+"""Largest error in units of the group's largest number: half of the largest step; of log formats half a step in units
+of where it lies, 2ᵏ(1 + ½·2⁻ᵐ).
 """
 
 
@@ -152,7 +158,7 @@ def test_no_magnitude_is_too_small_or_too_large(case: Scaled | Log) -> None:
         y = (x / np.abs(x).max() * 10.0**power).astype(np.float32)
         y[:, 0] = np.maximum(y[:, 0], np.float32(2.0**-99))
         got, top = kept(case, y), np.abs(y).max(axis=1, keepdims=True).astype(np.float64)
-        bound = BOUND[case.name.removesuffix(" nonnegative")] * (1 + 2.0**-7 + ROUNDINGS)
+        bound = BOUND[case.name.removesuffix(" nonnegative")] + ROUNDINGS
         assert (np.abs(got - y) <= bound * top).all()
         assert case.signed or (got > 0).all()
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lamb_like import LambLike
-from table import DTYPES, FORMATS, RULES, SPARSE_RULES, RuleRow, private
+from table import DTYPES, FORMATS, RULES, SPARSE_RULES, RuleRow, dtype_for, private, shape_for
 
 from fusedopt.inspect import sass
 from fusedopt_kernels import launch
@@ -21,15 +21,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spikes and decay": {"skip_norm_above": 1.0, "decay_mode": "independent"},
     "measured": {"clip_grad_norm": 1.0, "clip_norm_type": float("inf"), "ema_decay": 0.9, "metrics": ("update_norm",)},
 }
+SGD = next(row for row in RULES if row.options.get("momentum"))
+LOW_PRECISION: dict[str, tuple[RuleRow, tuple[int, int], dict[str, Any]]] = {
+    "split8 and int8": (RULES[7], (64, 64), {"master_weights": "split8", "state_dtype": "int8"}),
+    "kahan, float8_e5m2 and fp16": (RULES[7], (64, 64), {
+        "master_weights": "kahan", "state_dtype": {"exp_avg": "float8_e5m2", "exp_avg_sq": "float16"},
+    }),
+    "ragged rows": (SGD, (64, 100), {"master_weights": "split8", "state_dtype": "int8"}),
+}  # fmt: skip
+"""Formats of weights and state together."""
 ARCHITECTURES = {"sm_80": ("cuda", 80, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 
 
 def specs(
     cls: Any, dtype: torch.dtype, switches: dict[str, Any], options: dict[str, Any],
-    masked: bool = False, sparse: bool = False,
+    masked: bool = False, sparse: bool = False, shape: tuple[int, ...] = (3,),
 ) -> list[launch.KernelSpec]:  # fmt: skip
     """Kernels that one step would launch."""
-    p = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    p = torch.nn.Parameter(torch.zeros(shape_for(switches, shape), dtype=dtype))
     p.grad = torch.ones_like(p).to_sparse() if sparse else torch.zeros_like(p)
     optimizer = cls([p], **options, backend="triton")
     if masked:
@@ -46,10 +55,11 @@ def axes() -> Iterator[tuple[str, list[launch.KernelSpec]]]:
     adamw = RULES[7]
     yield "plain", specs(adamw.cls, torch.float32, {}, adamw.options)
     for name, switches in FORMATS.items():
-        dtype = torch.bfloat16 if "split16" in name else torch.float32
-        yield name, specs(adamw.cls, dtype, switches, adamw.options)
+        yield name, specs(adamw.cls, dtype_for(switches), switches, adamw.options)
     for name, options in OPTIONS.items():
         yield name, specs(adamw.cls, torch.float32, {}, {**adamw.options, **options})
+    for name, (row, shape, options) in LOW_PRECISION.items():
+        yield name, specs(row.cls, torch.bfloat16, {}, {**row.options, **options}, shape=shape)
     yield "masked", specs(adamw.cls, torch.float32, {}, adamw.options, masked=True)
     yield "sparse", specs(SPARSE_RULES[0].cls, torch.float32, {}, {}, sparse=True)
     yield "fp64", specs(adamw.cls, torch.float64, {}, adamw.options)

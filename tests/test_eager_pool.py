@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from table import FORMATS, RULES, private
+from table import BASIC, RULES, dtype_for, private
 
 from fusedopt import blocks, ports, values
 from fusedopt.blocks import BLOCK, GRAIN, Lane
@@ -49,7 +49,7 @@ CASES = {
     "bf16": (torch.bfloat16, {}),
     "fp64": (torch.float64, {}),
     "bf16 clipped": (torch.bfloat16, {"clip_grad_norm": 1.0}),
-    **{name: (torch.bfloat16 if "split16" in name else torch.float32, FORMATS[name]) for name in FORMATS},
+    **{name: (dtype_for(BASIC[name]), BASIC[name]) for name in BASIC},
 }
 
 

@@ -132,6 +132,25 @@ def test_logic(a: int, b: int, c: int) -> None:
     assert word(registers, "R6") == (b if a & 0x10 else c)
     minimum = execute(["VIMNMX.U32 R6, R2, R3, PT", "VIMNMX.U32 R7, R2, R3, !PT"], values)
     assert (word(minimum, "R6"), word(minimum, "R7")) == (min(a, b), max(a, b))
+    three = execute(["VIMNMX3.U32 R6, R2, R3, R4, PT", "VIMNMX3.U32 R7, R2, R3, R4, !PT"], values)
+    assert (word(three, "R6"), word(three, "R7")) == (min(a, b, c), max(a, b, c))
+
+
+@given(U32, U32.filter(bool))
+def test_unsigned_division(a: int, b: int) -> None:
+    """The compiler's way: a reciprocal of fp32, one step of Newton's in integers, then at most two corrections."""
+    lines = [
+        "I2F.U32.RP R4, R2", "MUFU.RCP R4, R4", "IADD3 R4, R4, 0xffffffe, RZ", "F2I.FTZ.U32.TRUNC.NTZ R5, R4",
+        "IMAD R6, R3, R5, RZ", "MOV R4, RZ", "IMAD.HI.U32 R7, R5, R6, R4",
+    ]  # fmt: skip
+    registers = execute(lines, {"R2": b, "R3": -b % 2**32})
+    assert 0 <= a // b - (a * word(registers, "R7") >> 32) <= 2
+
+
+def test_conversions_of_other_widths_are_unknown() -> None:
+    for line in ("I2F.U64.RP R4, R2", "F2I.S64.F64.TRUNC R4, R2", "MUFU.SQRT R4, R2", "I2F.U8 R4, R2"):
+        registers = execute(["MOV R4, RZ", line], {"R2": 7, "R3": 0})
+        assert not registers.read(sass.Operand("R", 4)).known.any()
 
 
 @given(U32, U32, st.integers(1, 32), st.integers(0, 127))
@@ -170,6 +189,14 @@ def test_arithmetic_forgets_exactly_what_it_writes() -> None:
     registers = execute(["DADD R4, R2, R2", "FADD R7, R2, R3"], values)
     known = [n for n in range(2, 8) if registers.read(sass.Operand("R", n)).known.all()]
     assert known == [2, 3, 6]
+
+
+def test_a_vote_asks_the_running_threads_of_a_warp() -> None:
+    registers = Registers(64, {}, {"SR_TID.X": np.arange(64, dtype=np.uint32)})
+    for line in ("S2R R2, SR_TID.X", "ISETP.EQ.AND P1, PT, R2, 0x5, PT", "VOTEU.ANY UP0, P1"):
+        alu.execute(registers, code(line).instructions[0])
+    x = registers.flag(sass.Operand("UP", 0))
+    assert x.known.all() and (x.bits == np.repeat([True, False], 32)).all()
 
 
 def test_uniform_registers_take_the_first_running_thread() -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from compare import BACKENDS, THREE
-from table import FORMATS, RULES, RuleRow, private
+from format_cases import takes
+from table import BASIC, FORMATS, RULES, RuleRow, private, shape_for
 
-from fusedopt_kernels.param import split16
+from fusedopt.encoded import keys
+from fusedopt.formats import LOW, slot_storage, weight_format
+from fusedopt_kernels.state.format import StateFormat
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "none": {},
     **FORMATS,
-    "all": {k: v for f in FORMATS.values() for k, v in f.items()},
+    "all": {k: v for f in BASIC.values() for k, v in f.items()},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -57,25 +60,33 @@ def run(row: RuleRow, dtype: torch.dtype, backend: str, device: str, switches: d
     rule, group = row.cls.rule, row.cls([torch.empty(0, dtype=dtype)], **options).param_groups[0]
     if group.get("weight_decay") and not rule.decoupled(group):
         largest = min(largest**0.5, 1e18)  # decay's gradient, whose square overflows; and inf − inf is nan
-    p = torch.nn.Parameter(delicate(dtype, device, largest))
+    if not takes(row, switches):
+        switches = {k: v for k, v in switches.items() if k != "state_dtype"}
+    values = delicate(dtype, device, largest)
+    shape = shape_for(switches, tuple(values.shape))
+    p = torch.nn.Parameter(values.repeat(-(-math.prod(shape) // len(values)))[: math.prod(shape)].reshape(shape))
     before = bits(p).clone()
     optimizer = row.cls([p], **options, backend=backend)
     if switches:
         private(optimizer, **switches)
-    split = "master_weights" in switches
+    form = weight_format(p, switches)
     for step in (1, 2):
         zero_step(optimizer)
         changed = (bits(p) != before).nonzero().flatten().tolist()
         assert not changed, (p.tolist(), changed)
         state = optimizer.state[p]
-        if split:
-            assert torch.equal(state["param_residual"], split16.initial(p))
-        expected = {slot.name for slot in (*rule.slots(group), *rule.scalar_slots)}
-        expected |= {"step"} if rule.counts_in_state else set()
-        expected |= {"param_residual"} if split else set()
-        assert state.keys() == expected and not any(value.isnan().any() for value in state.values())
-        weights = {slot.name for slot in rule.state if slot.kind == "weight"}  # infinite where p is
-        assert all(value.isfinite().all() for key, value in state.items() if key not in weights)
+        expected = {slot.name for slot in rule.scalar_slots}
+        for slot in rule.slots(group):
+            quantised = isinstance(slot_storage(slot, p, switches), StateFormat)
+            expected |= set(keys(slot.name)) if quantised else {slot.name}
+        expected |= {"step"} if rule.counts_in_state or "state_rounding" in switches else set()
+        if form is not None and form.key is not None:
+            expected |= {form.key}
+            made = form.initial(p.detach())
+            assert made is not None and torch.equal(bits(state[form.key]), bits(made))
+        assert state.keys() == expected and not any(value.float().isnan().any() for value in state.values())
+        weights = {slot.name for slot in rule.state if slot.kind == "weight"} | {"master_param"}  # infinite where p is
+        assert all(value.float().isfinite().all() for key, value in state.items() if key not in weights)
         assert not rule.counts_in_state or state["step"] == step
 
 
@@ -88,8 +99,8 @@ EVERYTHING += [
 @pytest.mark.parametrize(("row", "switches", "options"), EVERYTHING, ids=str)
 @pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 def test_eager(row: RuleRow, switches: str, options: str, device: str) -> None:
-    split = "master_weights" in SWITCHES[switches]
-    dtypes = (torch.bfloat16,) if split else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    split = SWITCHES[switches].get("master_weights", "")
+    dtypes = LOW[:1] if split.startswith("split") else LOW if split else (torch.float32, *LOW, torch.float64)
     for dtype in dtypes:
         run(row, dtype, "eager", device, SWITCHES[switches], **OPTIONS[options])
 

@@ -63,5 +63,21 @@ def test_a_rule_of_ones_own_is_verified_by_itself_and_with_kernels(capsys):
 def test_norms_in_float64_are_not_compared():
     from tests.lamb_like import RULE
 
-    assert not own.Cell(RULE, "plain", "float64").compared and own.Cell(RULE, "plain", "float32").compared
-    assert own.Cell(own.load(f"{RULES}:GOOD"), "plain", "float64").compared
+    assert not own.Cell(RULE, "plain", "float64").compared("interpreted")
+    assert own.Cell(RULE, "plain", "float32").compared("interpreted")
+    assert own.Cell(own.load(f"{RULES}:GOOD"), "plain", "float64").compared("compiled")
+
+
+def test_a_good_rule_is_equal_in_every_bit_in_formats(capsys):
+    status, output, errors = run_cli(capsys, "--rule", f"{RULES}:GOOD", "--formats", "int4", "--formats", "split8")
+    assert (status, errors) == (0, "")
+    assert "PASSED: 4 of 4 cells equal the reference in every bit" in output
+    assert "int4, stochastic    float32   interpreted  equal in every bit" in output
+    assert run_cli(capsys, "--rule", f"{RULES}:GOOD", "--formats", "uint8")[0] == 2  # a signed average
+
+
+def test_only_what_a_compiled_division_may_change_is_not_compared_in_formats():
+    rule = own.load(f"{RULES}:GOOD")
+    assert not own.Cell(rule, "int8", "float32").compared("compiled")
+    assert own.Cell(rule, "int8", "float32").compared("interpreted")
+    assert own.Cell(rule, "kahan", "bfloat16").compared("compiled")

@@ -1,14 +1,14 @@
 """Which instructions the emulator knows, and what becomes of the others.
 
-Enough of sm_80 to sm_100 to follow addresses, loops and branches. Floating point is not computed: its results are
-unknown. An instruction that stands nowhere here is an error, never a guess.
+Enough of sm_80 to sm_100 to follow addresses, loops and branches. Floating point is not computed, but for what
+integer division needs: its results are unknown. An instruction that stands nowhere here is an error, never a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusedopt.inspect import arithmetic, moves
+from fusedopt.inspect import arithmetic, division, moves
 from fusedopt.inspect.arithmetic import leading
 from fusedopt.inspect.errors import CannotFollow
 from fusedopt.inspect.registers import Registers
@@ -50,7 +50,7 @@ HANDLERS: dict[str, Callable[[Registers, Instruction], None]] = {
     **dict.fromkeys(("LOP3", "ULOP3"), arithmetic.logic),
     **dict.fromkeys(("PLOP3", "UPLOP3"), arithmetic.predicate_logic),
     **dict.fromkeys(("SEL", "USEL"), arithmetic.select),
-    **dict.fromkeys(("IMNMX", "VIMNMX", "UVIMNMX", "VIADDMNMX"), arithmetic.extremum),
+    **dict.fromkeys(("IMNMX", "VIMNMX", "VIMNMX3", "UVIMNMX", "VIADDMNMX"), arithmetic.extremum),
     **dict.fromkeys(("PRMT", "UPRMT"), moves.permute),
     **dict.fromkeys(("SGXT", "USGXT"), moves.extend),
     **dict.fromkeys(("MOV", "UMOV"), moves.move),
@@ -58,17 +58,21 @@ HANDLERS: dict[str, Callable[[Registers, Instruction], None]] = {
     **dict.fromkeys(("S2R", "S2UR"), moves.special),
     "CS2R": moves.zero_pair,
     "R2UR": moves.to_uniform,
+    "VOTEU": moves.vote,
     "P2R": moves.predicates_to_register,
     "R2P": moves.register_to_predicates,
     "HFMA2": moves.packed_half,
+    **dict.fromkeys(("I2F", "I2FP"), division.to_float),
+    "F2I": division.to_integer,
+    "MUFU": division.special_function,
 }
 
 WITH_WIDTH = {"LDC", "ULDC", "LDCU"}
 ONLY_PREDICATES = {"FSETP", "DSETP", "HSETP2", "FCHK"}
 PAIRS = {"DADD", "DMUL", "DFMA", "FADD2", "FMUL2", "FFMA2"}
 ARITHMETIC = {
-    *ONLY_PREDICATES, *PAIRS, "FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX", "MUFU", "F2F", "F2FP", "F2I", "I2F",
-    "I2FP", "HADD2", "HMUL2", "FHADD", "FRND", "SHFL", "REDUX", "POPC",
+    *ONLY_PREDICATES, *PAIRS, "FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX", "F2F", "F2FP", "HADD2", "HMUL2",
+    "FHADD", "FRND", "SHFL", "REDUX", "CREDUX", "POPC",
 }  # fmt: skip
 """Instructions whose results only data depends on, or is expected to: they become unknown."""
 

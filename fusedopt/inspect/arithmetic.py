@@ -182,14 +182,15 @@ def _choose(flag: Flag, x: Word, y: Word) -> Word:
 
 
 def extremum(r: Registers, ins: Instruction) -> None:
-    """Minimum or maximum; VIADDMNMX adds its first two operands before."""
+    """Minimum or maximum, of three in VIMNMX3; VIADDMNMX adds its first two operands before."""
     destination, *rest = (ins.operands[0], *(o for o in ins.operands[1:-1] if o.kind not in ("P", "UP")))
     words = [r.read(o) for o in rest]
     if ins.opcode == "VIADDMNMX":
         words[:2] = [Word(words[0].bits + words[1].bits, words[0].known & words[1].known)]
-    x, y = words
-    unsigned = "U32" in ins.modifiers
-    less = x.bits < y.bits if unsigned else x.bits.view(np.int32) < y.bits.view(np.int32)
     minimum = r.flag(ins.operands[-1])
-    chosen = _choose(Flag(less == minimum.bits, minimum.known), x, y)
-    r.write(destination, Word(chosen.bits, chosen.known & x.known & y.known))
+    x, *others = words
+    for y in others:
+        less = x.bits < y.bits if "U32" in ins.modifiers else x.bits.view(np.int32) < y.bits.view(np.int32)
+        chosen = _choose(Flag(less == minimum.bits, minimum.known), x, y)
+        x = Word(chosen.bits, chosen.known & x.known & y.known)
+    r.write(destination, x)

@@ -12,11 +12,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fusedopt.inspect import emulator, sass
-from fusedopt.inspect.counts import Case, Inspection, Kernel
+from fusedopt.inspect.counts import RAGGED, Case, Inspection, Kernel
 from fusedopt.inspect.errors import BadInput, CannotFollow
 from fusedopt.inspect.memory import SECTOR
 from fusedopt.inspect.registers import WARP
-from fusedopt.inspect.subject import CASES, TAIL_ELEMENTS, Configuration, Subject, build, record
+from fusedopt.inspect.subject import Configuration, Subject, build, kernel_name, record
 from fusedopt_kernels import launch, table
 
 TENSORS = (3, 24)
@@ -33,9 +33,18 @@ def inspect(configuration: Configuration, arch: str) -> Inspection:
     subject = build(configuration)
     records = record(subject)
     kernels = [inspect_kernel(subject, launched, arch) for launched in records]
-    many = record(build(configuration, [(TAIL_ELEMENTS, 0)] * TENSORS[1]))
-    launches = {str(TENSORS[0]): len(records), str(TENSORS[1]): len(many)}
-    return Inspection(arch, triton.__version__, launches, kernels)
+    _check_complete(subject, kernels)
+    launches = {str(n): len(record(build(configuration, copies_of_tail=n))) for n in TENSORS}
+    return Inspection(arch, triton.__version__, launches, kernels, subject.resident())
+
+
+def _check_complete(subject: Subject, kernels: Sequence[Kernel]) -> None:
+    found: dict[str, set[str]] = {}
+    for kernel in kernels:
+        if kernel.cases:
+            found.setdefault(kernel.name.removesuffix(f"_{RAGGED}"), set()).update(kernel.cases)
+    if any(cases != set(subject.cases) for cases in found.values()):
+        raise CannotFollow("no program works on one of the parameters")
 
 
 def inspect_kernel(
@@ -48,7 +57,7 @@ def inspect_kernel(
         return _read_amd(spec, compiled)
     code = sass.disassemble(compiled.asm["cubin"])
     kernel = Kernel(
-        spec.name, spec.num_warps, code.registers, code.stack, compiled.metadata.shared, len(code.instructions),
+        kernel_name(spec), spec.num_warps, code.registers, code.stack, compiled.metadata.shared, len(code.instructions),
         code.count("LDL", "STL"), code.count("BAR"),
     )  # fmt: skip
     if "chunks" in spec.signature:
@@ -56,8 +65,9 @@ def inspect_kernel(
         regions = subject.regions(arguments)
         addresses = [argument.data_ptr() for argument in arguments]
         walks = [emulator.walk(code, addresses, regions, program, spec.num_warps) for program in range(grid)]
-        for number, (name, (elements, _)) in enumerate(CASES.items()):
-            kernel.cases[name] = _case([w for w in walks if w.traffic.case == number], elements)
+        for number, (name, p) in enumerate(zip(subject.cases, subject.params, strict=True)):
+            if found := [walk for walk in walks if walk.traffic.case == number]:
+                kernel.cases[name] = _case(found, p.numel())
     return kernel
 
 
@@ -85,8 +95,6 @@ def _fill_scalars(spec: launch.KernelSpec, arguments: Sequence[torch.Tensor]) ->
 
 def _case(walks: Sequence[emulator.Walk], elements: int) -> Case:
     """The programs that worked on one parameter, one per chunk of it."""
-    if not walks:
-        raise CannotFollow("no program works on one of the parameters")
     byte_counts: dict[str, dict[str, int]] = {}
     widths: dict[str, dict[str, dict[str, int]]] = {}
     sectors = 0
@@ -127,7 +135,7 @@ def _read_amd(spec: launch.KernelSpec, compiled: Any) -> Kernel:
         bits = 32 * int(words[1] or 1) if words else 8 if "byte" in name else 16
         widths[f"{name.split('_')[0]} {bits}"] += 1
     return Kernel(
-        name=spec.name,
+        name=kernel_name(spec),
         warps=spec.num_warps,
         registers=number("vgpr_count"),
         stack=number("private_segment_fixed_size"),

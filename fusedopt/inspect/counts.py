@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+RAGGED = "ragged"
+"""The case of rows that are no whole groups of quantised state, and what their kernels' names end in."""
+
 
 @dataclass
 class Case:
@@ -66,12 +69,13 @@ class Kernel:
 
 @dataclass
 class Inspection:
-    """A step's kernels. launches: number of tensors → launches of one step."""
+    """A step's kernels. launches: number of tensors → launches of one step. resident: role → bytes per parameter."""
 
     arch: str
     triton: str
     launches: dict[str, int]
     kernels: list[Kernel]
+    resident: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain dictionaries."""
@@ -85,6 +89,11 @@ class Inspection:
             cases = {name: Case(**case) for name, case in kernel["cases"].items()}
             kernels.append(Kernel(**{**kernel, "cases": cases}))
         return Inspection(**{**data, "kernels": kernels})
+
+
+def of_full_chunks(inspection: Inspection) -> list[tuple[str, Case]]:
+    """Name and case of an aligned full chunk of every kernel that has one."""
+    return [(kernel.name, kernel.cases["full"]) for kernel in inspection.kernels if "full" in kernel.cases]
 
 
 Bytes = dict[str, dict[str, dict[str, dict[str, int]]]]

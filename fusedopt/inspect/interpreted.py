@@ -13,7 +13,7 @@ import torch
 from fusedopt.inspect.counts import Bytes
 from fusedopt.inspect.listener import Listener, listening
 from fusedopt.inspect.memory import TABLE, Places
-from fusedopt.inspect.subject import CASES, Configuration, Subject, begin, build
+from fusedopt.inspect.subject import Configuration, Subject, begin, build, kernel_name
 from fusedopt_kernels import launch
 
 
@@ -30,7 +30,7 @@ class CountingLauncher(launch.Launcher):
         if "chunks" not in spec.signature:
             super().run(spec, grid, args)
             return
-        with listening(self.listeners.setdefault(spec.name, Listener())):
+        with listening(self.listeners.setdefault(kernel_name(spec), Listener())):
             super().run(spec, grid, args)
 
 
@@ -51,12 +51,13 @@ def count_step(subject: Subject, launcher: CountingLauncher | None = None) -> By
     places = Places(subject.regions(launcher.tables))
     result: Bytes = {}
     for kernel, listener in launcher.listeners.items():
-        cases = result.setdefault(kernel, {name: {} for name in CASES})
+        cases = result.setdefault(kernel, {})
         for what, addresses, size in listener.counted():
-            found, lanes = np.unique(places.locate(what, addresses, size), return_counts=True)
-            for place, n in zip(found, lanes, strict=True):
-                region = places.regions[place]
+            located = places.locate(what, addresses, size)
+            for place in np.unique(located):
+                region, here = places.regions[place], addresses[located == place]
                 if region.role != TABLE:
-                    counted = cases[list(CASES)[region.case]].setdefault(region.role, {})
-                    counted[what] = counted.get(what, 0) + int(n) * size
+                    counted = cases.setdefault(subject.cases[region.case], {}).setdefault(region.role, {})
+                    lanes = len(np.unique(here)) if region.shared else len(here)
+                    counted[what] = counted.get(what, 0) + lanes * size
     return result

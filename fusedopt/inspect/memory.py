@@ -31,6 +31,11 @@ class Region:
     start: int
     size: int
 
+    @property
+    def shared(self) -> bool:
+        """Whether neighbouring threads read and write the same bytes, which count once: scales of groups."""
+        return self.role.endswith("_scale")
+
     @staticmethod
     def of(role: str, case: int, tensor: torch.Tensor) -> Region:
         """The memory of a dense tensor."""
@@ -45,8 +50,9 @@ class Region:
 class Traffic:
     """What one program did to data regions. Keys are ``(role, "load" | "store")``, widths and bits in bytes per thread.
 
-    bytes: summed over threads. sectors: distinct 32-byte sectors, summed over accesses of warps; bytes / (32·sectors)
-    says how well an access uses what it moves. table: distinct table bytes; table_requests: accesses of warps to them.
+    bytes: summed over threads; of scales distinct ones. sectors: distinct 32-byte sectors, summed over accesses of
+    warps; bytes / (32·sectors) says how well an access uses what it moves. table: distinct table bytes; table_requests:
+    accesses of warps to them.
     """
 
     case: int = -1
@@ -103,9 +109,8 @@ class Memory:
             here = threads.copy()
             here[threads] = found == place
             if region.role == TABLE:
-                offsets = (addresses[here] - np.uint64(region.start)).astype(np.int64)[:, None] + np.arange(width)
-                self._record_table(what, region, offsets, here)
-                contents[here] = self._contents[region.start][offsets]
+                self._record_table(what, region, addresses, here, width)
+                contents[here] = self._contents[region.start][_offsets(region, addresses[here], width)]
             else:
                 self._record(what, region, addresses, here, width)
                 known = False
@@ -116,15 +121,24 @@ class Memory:
         if traffic.case not in (-1, region.case):
             raise BadAccess("a program works on more than one parameter")
         traffic.case = region.case
-        traffic.bytes[key] += n * width
+        traffic.bytes[key] += self._new_bytes(what, region, addresses[here], width) if region.shared else n * width
         traffic.widths.setdefault(key, Counter())[width] += n
         warp = (np.flatnonzero(here) // WARP).astype(np.uint64)
         sector = addresses[here] // np.uint64(SECTOR)
         traffic.sectors[key] += len(np.unique(warp << np.uint64(59) | sector))  # addresses have at most 64 bits
 
-    def _record_table(self, what: str, region: Region, offsets: np.ndarray, here: np.ndarray) -> None:
+    def _new_bytes(self, what: str, region: Region, addresses: np.ndarray, width: int) -> int:
+        """How many bytes of a region are accessed for the first time."""
         touched = self._touched.setdefault((what, region.start), np.zeros(region.size, bool))
         before = int(touched.sum())
-        touched[offsets] = True
-        self.traffic.table[what] += int(touched.sum()) - before
+        touched[_offsets(region, addresses, width)] = True
+        return int(touched.sum()) - before
+
+    def _record_table(self, what: str, region: Region, addresses: np.ndarray, here: np.ndarray, width: int) -> None:
+        self.traffic.table[what] += self._new_bytes(what, region, addresses[here], width)
         self.traffic.table_requests[what] += int(here.reshape(-1, WARP).any(axis=1).sum())
+
+
+def _offsets(region: Region, addresses: np.ndarray, width: int) -> np.ndarray:
+    """(accesses, width): which bytes of a region are accessed."""
+    return (addresses - np.uint64(region.start)).astype(np.int64)[:, None] + np.arange(width)

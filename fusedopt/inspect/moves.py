@@ -69,6 +69,16 @@ def to_uniform(r: Registers, ins: Instruction) -> None:
     r.write(destination, Word(x.bits[first].repeat(WARP), x.known[first].repeat(WARP)))
 
 
+def vote(r: Registers, ins: Instruction) -> None:
+    """Whether any running thread of a warp has a predicate."""
+    if "ANY" not in ins.modifiers or [o.kind for o in ins.operands] != ["UP", "P"]:
+        raise CannotFollow(f"unknown form of {ins.text!r}")
+    flag = r.flag(ins.operands[1])
+    yes = (flag.bits & flag.known & r.run).reshape(-1, WARP).any(axis=1).repeat(WARP)
+    unsure = (~flag.known & r.run).reshape(-1, WARP).any(axis=1).repeat(WARP)
+    r.write_flag(ins.operands[0], Flag(yes, yes | ~unsure))
+
+
 def predicates_to_register(r: Registers, ins: Instruction) -> None:
     destination, _, base, mask = ins.operands
     x = r.read(base)

@@ -8,13 +8,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fusedopt.inspect.counts import Case, Inspection, Kernel
+from fusedopt.inspect.counts import RAGGED, Case, Inspection, of_full_chunks
 from fusedopt.inspect.roofline import Roofline
 
 WIDTH = 110
 """Columns of the tables at their widest."""
 
-CASE_TITLES = {"full": "full, aligned", "unaligned": "full, unaligned", "tail": "tail"}
+MANY_WIDTHS = 2
+"""More widths than these have lines of their own below the table."""
+
+CASE_TITLES = {"full": "full, aligned", "unaligned": "full, unaligned", "tail": "tail", RAGGED: "ragged rows"}
 
 
 def as_json(
@@ -52,6 +55,8 @@ def print_report(
     console.print(launches_line(inspection))
     if roofline is not None:
         console.print(bytes_line(inspection))
+    if inspection.resident:
+        console.print(resident_line(inspection))
     console.print(_code_table(inspection))
     if any(kernel.cases for kernel in inspection.kernels):
         console.print(_path_table(inspection))
@@ -60,7 +65,7 @@ def print_report(
             "Sectors: used share of the 32-byte sectors that each access touches.",
             style="dim",
         )
-        console.print("\n".join(_table_lines(inspection)), style="dim")
+        console.print("\n".join([*_width_lines(inspection), *_table_lines(inspection)]), style="dim")
     else:
         console.print("Bytes and instructions per element are counted for NVIDIA GPUs only.", style="dim")
     if roofline is not None:
@@ -71,17 +76,25 @@ def print_report(
 
 def launches_line(inspection: Inspection) -> str:
     """How many launches a step takes, and whether that depends on the number of tensors."""
-    names = ", ".join(kernel.name for kernel in inspection.kernels)
+    ragged = sum(kernel.name.endswith(RAGGED) for kernel in inspection.kernels)
+    names = ", ".join(kernel.name for kernel in inspection.kernels if not kernel.name.endswith(RAGGED))
+    more = f"; {ragged} more for parameters whose rows are no whole groups" if ragged else ""
     counts = " and ".join(f"{n} for {tensors} tensors" for tensors, n in inspection.launches.items())
     constant = len(set(inspection.launches.values())) == 1
-    return f"launches per step: {counts} ({names})" + ("" if constant else "; THE NUMBER DEPENDS ON THE TENSORS")
+    return f"launches per step: {counts} ({names}){more}" + ("" if constant else "; THE NUMBER DEPENDS ON THE TENSORS")
 
 
 def bytes_line(inspection: Inspection) -> str:
     """What a step moves per parameter, kernel by kernel, in aligned full chunks."""
-    moved = [(kernel.name, kernel.cases["full"].bytes_per_param) for kernel in inspection.kernels if kernel.cases]
+    moved = [(name, case.bytes_per_param) for name, case in of_full_chunks(inspection)]
     parts = " + ".join(f"{n:.2f} {name}" for name, n in moved)
     return f"bytes per parameter: {sum(n for _, n in moved):.2f}" + (f" ({parts})" if len(moved) > 1 else "")
+
+
+def resident_line(inspection: Inspection) -> str:
+    """What a parameter keeps in memory, its gradient included."""
+    parts = ", ".join(f"{role} {n:.4g}" for role, n in inspection.resident.items())
+    return f"resident bytes per parameter: {sum(inspection.resident.values()):.2f} ({parts})"
 
 
 def _table(title: str) -> Table:
@@ -112,7 +125,7 @@ def _path_table(inspection: Inspection) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for kernel in inspection.kernels:
         for name, case in kernel.cases.items():
-            size = f" ({case.elements})" if name == "tail" else ""
+            size = f" ({case.elements})" if name in ("tail", RAGGED) else ""
             table.add_row(kernel.name, CASE_TITLES[name] + size, *_path_cells(case))
     return table
 
@@ -133,25 +146,44 @@ def _path_cells(case: Case) -> list[str]:
 
 
 def widths(case: Case, what: str) -> str:
-    """Bits of one thread's accesses: the most frequent width, then who uses another one."""
-    by_bits: dict[int, list[str]] = {}
-    for role, accesses in case.widths.items():
-        for width in accesses.get(what, {}):
-            by_bits.setdefault(8 * int(width), []).append(role)
+    """Bits of one thread's accesses: the most frequent width, then who uses another one; many are only numbers."""
+    by_bits = _by_bits(case, what)
     if not by_bits:
         return "-"
+    if len(by_bits) > MANY_WIDTHS:
+        return "/".join(map(str, by_bits))
     usual = max(by_bits, key=lambda bits: (len(by_bits[bits]), bits))
     others = [f"{role} {bits}" for bits, roles in by_bits.items() if bits != usual for role in roles]
     return ", ".join([str(usual), *others])
 
 
+def _by_bits(case: Case, what: str) -> dict[int, list[str]]:
+    """Who is accessed by how many bits, the widest first."""
+    by_bits: dict[int, list[str]] = {}
+    for role, accesses in case.widths.items():
+        for width in accesses.get(what, {}):
+            by_bits.setdefault(8 * int(width), []).append(role)
+    return dict(sorted(by_bits.items(), reverse=True))
+
+
+def _width_lines(inspection: Inspection) -> list[str]:
+    """Who has which of many widths in aligned full chunks."""
+    lines = []
+    for name, case in of_full_chunks(inspection):
+        for what in ("load", "store"):
+            by_bits = _by_bits(case, what)
+            if len(by_bits) > MANY_WIDTHS:
+                parts = "; ".join(f"{bits} {', '.join(roles)}" for bits, roles in by_bits.items())
+                lines.append(f"{what.capitalize()} bits, {name}: {parts}.")
+    return lines
+
+
 def _table_lines(inspection: Inspection) -> list[str]:
     """What is read from tables, apart from the parameters' bytes."""
-    return [f"Tables, {kernel.name}: {_table_line(kernel)}" for kernel in inspection.kernels if kernel.cases]
+    return [f"Tables, {name}: {_table_line(case)}" for name, case in of_full_chunks(inspection)]
 
 
-def _table_line(kernel: Kernel) -> str:
-    case = kernel.cases["full"]
+def _table_line(case: Case) -> str:
     written = f"; {case.table_stored} written" if case.table_stored else ""
     return (
         f"{case.table_bytes} bytes read per full chunk ({case.table_bytes / case.elements:.4f} per parameter), "

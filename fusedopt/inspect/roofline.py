@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusedopt.inspect.counts import Inspection
+from fusedopt.inspect.counts import Inspection, of_full_chunks
 
 BANDWIDTH = 4.3e12
 """Bytes per second that a plain copy reaches on an H200, read and written together: measured."""
@@ -40,7 +40,7 @@ class Roofline:
 
 def predict(inspection: Inspection, params: float, bandwidth: float) -> Roofline | None:
     """The roofline of a step; None where only code was read and nothing counted."""
-    cases = [kernel.cases["full"] for kernel in inspection.kernels if kernel.cases]
+    cases = [case for _, case in of_full_chunks(inspection)]
     if not cases:
         return None
     byte_count = sum(case.bytes_per_param for case in cases)

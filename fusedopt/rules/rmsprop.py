@@ -94,6 +94,7 @@ RULE = Rule(
     update_eager=update_eager,
     structure=("momentum", "centered"),
     sparse="lazy",
+    subtracts="centered",
 )
 
 

@@ -27,6 +27,9 @@ from .subjects import Outcome
 Cell = tuple[Configuration, str]
 """A configuration and a dtype's name: what one optimizer is built for."""
 
+DTYPES, FORMATS = "dtypes", "formats"
+"""Whose cells a worker runs: the library's rules in all dtypes, or in all formats (``kept.py``)."""
+
 NAMES = ("eager", "interpreted", "compiled")
 
 MIN_CELLS = 4
@@ -93,7 +96,7 @@ def guarded(work: Callable[[], list[Outcome]]) -> list[Outcome]:
 class Worker:
     """A process that runs cells with the kernels interpreted or compiled, in order, ahead of whoever reads them."""
 
-    def __init__(self, name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], own: str | None) -> None:
+    def __init__(self, name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], source: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fusedopt-verify-")
         self._log = open(Path(self._folder.name) / "log", "w+")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -105,7 +108,7 @@ class Worker:
         job = {
             "device": "cpu" if name == "interpreted" else "cuda",
             "cells": list(cells),
-            "own": own,
+            "source": source,
             "seeds": list(seeds),
             "folder": self._folder.name,
         }
@@ -149,11 +152,11 @@ def workers(name: str, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Work
     return sharing(name, [(config.rule, config.name, dtype) for config, dtype in cells], seeds)
 
 
-def sharing(name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], own: str | None = None) -> list[Worker]:
-    """Likewise for cells given by names alone. own: where a user's rule is found, whose cells these are."""
+def sharing(name: str, cells: Sequence[Sequence[str]], seeds: Sequence[int], source: str = DTYPES) -> list[Worker]:
+    """Likewise for cells given by names alone. source: `DTYPES`, `FORMATS`, or where a user's rule is found."""
     cores = len(os.sched_getaffinity(0))
     count = 1 if name == "compiled" else max(1, min(cores, 4, len(cells) // MIN_CELLS))
-    return [Worker(name, cells[first::count], seeds, own) for first in range(count)]
+    return [Worker(name, cells[first::count], seeds, source) for first in range(count)]
 
 
 def pack(outcomes: list[Outcome]) -> tuple[list[Any], dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,10 +86,10 @@ class Difference:
         )
 
 
-def first_difference(seed: int, left: Outcome, right: Outcome) -> Difference | None:
-    """Compare the bits of two runs over `TIMES` (any NaN equals any NaN); None if all are equal."""
+def first_difference(seed: int, left: Outcome, right: Outcome, times: Sequence[int] = TIMES) -> Difference | None:
+    """Compare the bits of two runs over ``times`` (any NaN equals any NaN); None if all are equal."""
     first, count = None, 0
-    for t, slot, tensor, a, b in _pairs(left, right):
+    for t, slot, tensor, a, b in _pairs(left, right, times):
         bits = f"u{a.dtype.itemsize}"
         differs = (a.view(bits) != b.view(bits)) & ~(np.isnan(a) & np.isnan(b))
         where = np.flatnonzero(differs)
@@ -100,8 +100,10 @@ def first_difference(seed: int, left: Outcome, right: Outcome) -> Difference | N
     return Difference(seed, *first, count) if first else None
 
 
-def _pairs(left: Outcome, right: Outcome) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
-    for t, a, b in zip(TIMES, left, right, strict=True):
+def _pairs(
+    left: Outcome, right: Outcome, times: Sequence[int]
+) -> Iterator[tuple[int, str, int, np.ndarray, np.ndarray]]:
+    for t, a, b in zip(times, left, right, strict=True):
         for slot in a:
             for tensor, (x, y) in enumerate(zip(a[slot], b[slot], strict=True)):
                 yield t, slot, tensor, x.ravel(), y.ravel()

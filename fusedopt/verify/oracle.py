@@ -54,7 +54,9 @@ class Oracle:
     configurations: the rows to verify. bounds: name of a configuration → slot or ``"param"`` → bound.
     scalars: slots that hold one number for the parameter (0-dim), which is never rounded to the parameter's dtype.
     sparse: whether the rule takes only sparse gradients; it then gets them as such, with every row.
-    complex: whether the rule takes complex parameters. shapes: of the tensors to verify, where not every one will do.
+    complex: whether the rule takes complex parameters. stored: whether the step uses its new state as it is stored,
+    which the option ``stored`` then tells it: slot → values. shapes: of the tensors to verify, where not every one
+    will do.
     """
 
     rule: str
@@ -65,6 +67,7 @@ class Oracle:
     scalars: tuple[str, ...] = ()
     sparse: bool = False
     complex: bool = True
+    stored: bool = False
     shapes: tuple[tuple[int, ...], ...] | None = None
 
     def dtype(self, slot: str, dtype: DType) -> DType:

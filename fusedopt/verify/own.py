@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,12 @@ import torch
 
 from fusedopt.rule import Rule
 
-from . import backends
+from . import backends, kept
 from .backends import Failure
 from .formats import DTYPES, SCALAR, DType
 from .measure import UNORDERED, Difference, first_difference
 from .problem import MANY_CHUNKS, SHAPES, TIMES, data
+from .storage import CODED
 from .subjects import Outcome, takes_norms, to_numpy, to_torch
 
 PLAIN = "plain"
@@ -74,24 +75,34 @@ def _from_module(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Cell:
-    """A rule with options, in a dtype. label: which options, or the name of the one switch that is turned over."""
+    """A rule with options, in a dtype. label: which options, the name of the one switch that is turned over, or the
+    title of a way to keep numbers (``kept.py``).
+    """
 
     rule: Rule
     label: str
     dtype: str
 
     @property
+    def kept(self) -> kept.Kept | None:
+        """How its numbers are kept, if not plainly."""
+        return None if self.label in self.rule.defaults else kept.KEPT.get(self.label)
+
+    @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `fusedopt.Optimizer`."""
+        if self.kept is not None:
+            return self.kept.options(self.rule)
         if self.label == PLAIN:
             return {}
         if self.label == DECAY:
             return dict(weight_decay=0.01, maximize=True)
         return {self.label: not self.rule.defaults[self.label]}
 
-    @property
-    def compared(self) -> bool:
-        """Whether two backends must agree in every bit."""
+    def compared(self, backend: str) -> bool:
+        """Whether a backend must agree with the reference in every bit."""
+        if self.kept is not None and self.kept.state in CODED:
+            return backend != "compiled"  # division is approximate
         return not (self.dtype in UNORDERED and takes_norms(self.rule))
 
     def run(self, seed: int, backend: str, device: str = "cpu") -> Outcome:
@@ -99,7 +110,8 @@ class Cell:
         from fusedopt import Optimizer
 
         dtype = DTYPES[self.dtype]
-        params, gradients = data(self.rule.name, dtype, seed, (*SHAPES, MANY_CHUNKS))
+        shapes = (*SHAPES, MANY_CHUNKS) if self.kept is None else kept.SHAPES
+        params, gradients = data(self.rule.name, dtype, seed, shapes)
         tensors = [to_torch(x, dtype, device).requires_grad_() for x in params]
         outcome: Outcome = []
         with warnings.catch_warnings():
@@ -109,27 +121,39 @@ class Cell:
             slots |= {slot.name: DTYPES["float64"] if slot.wide else SCALAR for slot in self.rule.scalar_slots}
             for t, grads in zip(TIMES, gradients, strict=True):
                 self._step(optimizer, tensors, t, [to_torch(g, dtype, device) for g in grads])
-                outcome.append(_values(optimizer, tensors, dtype, slots))
+                if self.kept is None:
+                    outcome.append(_values(optimizer, tensors, dtype, slots))
+                else:
+                    outcome.append(kept.stored(optimizer, tensors, kept.keys(self.rule)))
         return outcome
 
     def _step(self, optimizer: Any, tensors: list[torch.Tensor], t: int, grads: list[torch.Tensor]) -> None:
         for p, grad in zip(tensors, grads, strict=True):
             p.grad = grad
-            if t > 1 and self.rule.counts_in_state:
+            if t > 1 and "step" in optimizer.state[p]:
                 optimizer.state[p]["step"].fill_(t - 1)
         optimizer.step()
 
 
-def cells(rule: Rule, dtypes: Sequence[str]) -> list[Cell]:
-    """What a rule is tried with: defaults, weight decay with maximize, and each of its switches turned over."""
+def cells(rule: Rule, dtypes: Sequence[str], formats: Container[str] = ()) -> list[Cell]:
+    """What a rule is tried with: defaults, weight decay with maximize, each of its switches turned over; and formats.
+
+    formats: names of those, of which the rule is tried with what it can hold.
+    """
     switches = [key for key in rule.structure if isinstance(rule.defaults.get(key), bool)]
-    return [Cell(rule, label, dtype) for label in (PLAIN, DECAY, *switches) for dtype in dtypes]
+    plain = [Cell(rule, label, dtype) for label in (PLAIN, DECAY, *switches) for dtype in dtypes]
+    able = [
+        way
+        for way in kept.KEPT.values()
+        if way.name in formats and way.held_by(rule, rule.defaults) and not way.refused_by(rule, rule.defaults)
+    ]
+    return plain + [Cell(rule, str(way), dtype) for way in able for dtype in way.dtypes]
 
 
 def _values(optimizer: Any, tensors: list[torch.Tensor], dtype: DType, slots: dict[str, DType]) -> Any:
     values = {"param": [to_numpy(p, dtype) for p in tensors]}
-    for name, kept in slots.items():
-        values[name] = [to_numpy(optimizer.state[p][name], kept) for p in tensors]
+    for name, stored in slots.items():
+        values[name] = [to_numpy(optimizer.state[p][name], stored) for p in tensors]
     return values
 
 
@@ -191,7 +215,7 @@ def _verify_cell(report: Report, cell: Cell, workers: dict[str, backends.Worker]
             continue
         if expected is None:
             continue
-        if not cell.compared:
+        if not cell.compared(name):
             report.uncompared.append(key)
             continue
         found = [first_difference(*both) for both in zip(seeds, expected, outcomes, strict=True)]

@@ -62,8 +62,7 @@ def print_table(report: Report, ran: Mapping[str, str], seeds: int) -> None:
     console.print(EXPLANATION, style="dim")
     for form in sorted({form for row in report.rows for form in wrong_forms(row)}):
         console.print(f"* without torch's {form} form, which is not inexact here but wrong", style="dim")
-    for name, text in ran.items():
-        console.print(Text(f"{name:12} {text}"))
+    print_coverage(ran)
     for name, count in report.equal.items():
         different = sum(1 for _, backend in report.differences if backend == name)
         text = f"equal to the first backend in every bit in {count} of {count + different} cells"
@@ -81,6 +80,13 @@ def print_table(report: Report, ran: Mapping[str, str], seeds: int) -> None:
         style="bold",
         markup=False,
     )
+
+
+def print_coverage(ran: Mapping[str, str]) -> None:
+    """What ran as what, and what did not."""
+    console = Console(highlight=False)
+    for name, text in ran.items():
+        console.print(Text(f"{name:12} {text}"), soft_wrap=True)
 
 
 def complaints(report: Report) -> list[str]:

@@ -1,7 +1,7 @@
 """The process behind `backends.Worker`: runs cells on the Triton backend and hands the results over in .npz files.
 
-Called with one JSON argument (device, cells, own, seeds, folder). Prints one JSON line per cell, as soon as it is done:
-``{"file", "layout"}`` or ``{"error"}``. Whether the kernels are interpreted is up to the environment.
+Called with one JSON argument (device, cells, source, seeds, folder). Prints one JSON line per cell, as soon as it is
+done: ``{"file", "layout"}`` or ``{"error"}``. Whether the kernels are interpreted is up to the environment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from . import own
+from . import backends, kept, own
 from .backends import Failure, attempt, guarded, pack
 from .problem import build, configuration
 from .subjects import Outcome
@@ -38,12 +38,16 @@ def main(job: dict[str, Any], answers: TextIO) -> None:
 def _runs(job: dict[str, Any]) -> Iterator[Callable[[], list[Outcome]]]:
     """What computes each cell."""
     seeds, device = job["seeds"], job["device"]
-    if job["own"] is None:
+    if job["source"] == backends.DTYPES:
         for rule, name, dtype in job["cells"]:
             problems = [build(configuration(rule, name), dtype, seed) for seed in seeds]
             yield lambda problems=problems: attempt("triton", device, problems)
+    elif job["source"] == backends.FORMATS:
+        for names in job["cells"]:
+            kept_cell = kept.cell(*names)
+            yield lambda cell=kept_cell: guarded(lambda: [kept.run(cell, seed, "triton", device) for seed in seeds])
     else:
-        rule = own.load(job["own"])
+        rule = own.load(job["source"])
         for label, dtype in job["cells"]:
             cell = own.Cell(rule, label, dtype)
             yield lambda cell=cell: guarded(lambda: [cell.run(seed, "triton", device) for seed in seeds])

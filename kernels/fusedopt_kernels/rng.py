@@ -44,7 +44,7 @@ def stochastic(x, noise, T: tl.constexpr):
     else:
         y = ((b + (noise >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         small = tl.floor(x * 16777216.0 + (noise >> 3).to(tl.float32) * 0.0001220703125) * 5.9604644775390625e-08
-        y = tl.where(tl.abs(x) < 6.103515625e-05, small, y)
+        y = tl.where((tl.abs(x) < 6.103515625e-05) & (x != 0.0), small, y)  # -0.0 stays
     return tl.where(tl.abs(x) < float("inf"), y, x)
 
 
@@ -57,7 +57,7 @@ def stochastic_eager(x: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype) -
         bits = noise >> 3
         y = ((b + bits) & -0x2000).view(torch.float32)
         small = torch.floor(x * 16777216.0 + bits.to(torch.float32) * 0.0001220703125) * 5.9604644775390625e-08
-        y = torch.where(x.abs() < 6.103515625e-05, small, y)
+        y = torch.where((x.abs() < 6.103515625e-05) & (x != 0.0), small, y)
     return torch.where(x.abs() < torch.inf, y, x)
 
 

@@ -29,7 +29,10 @@ def _rms(x: np.ndarray) -> np.floating:
 def step(
     h: Mapping[str, Any], t: int, p: np.ndarray, g: np.ndarray, state: Mapping[str, np.ndarray]
 ) -> dict[str, Value]:
-    """X ← X − α·Û − lr·λ·X, α = max(ε₂, RMS(X))·ρ, Û = U/max(1, RMS(U)/d), U = G/√V̂."""
+    """X ← X − α·Û − lr·λ·X, α = max(ε₂, RMS(X))·ρ, Û = U/max(1, RMS(U)/d), U = G/√V̂.
+
+    A matrix's V̂ follows from what is stored of the new averages; ``stored`` has that where it is something else.
+    """
     real = p.dtype.type
     g = -g if h["maximize"] else g
     w = np.longdouble(t) ** np.longdouble(h["beta2_decay"])
@@ -39,7 +42,7 @@ def step(
     if g.ndim > 1:
         new["row_var"] = _average(state.get("row_var"), np.mean(g**2, axis=-1, keepdims=True), real(w))
         new["col_var"] = _average(state.get("col_var"), np.mean(g**2, axis=-2, keepdims=True), real(w))
-        rows, columns = new["row_var"].exact, new["col_var"].exact
+        rows, columns = (h["stored"].get(key, new[key].exact) for key in ("row_var", "col_var"))
         v = rows * columns / np.maximum(np.mean(rows, axis=-2, keepdims=True), eps1)
     else:
         new["variance"] = _average(state.get("variance"), g**2, real(w))
@@ -70,7 +73,7 @@ STEP = Bound(
 
 ORACLE = Oracle(
     rule="adafactor",
-    defaults=dict(lr=1e-2, beta2_decay=-0.8, eps=EPS, d=1.0, weight_decay=0.0, maximize=False),
+    defaults=dict(lr=1e-2, beta2_decay=-0.8, eps=EPS, d=1.0, weight_decay=0.0, maximize=False, stored={}),
     step=step,
     configurations=(
         Configuration("adafactor", "plain", dict(eps=EPS)),
@@ -81,5 +84,6 @@ ORACLE = Oracle(
         for name in ("plain", "weight decay")
     },
     complex=False,
+    stored=True,
     shapes=((53, 97), (130, 70), (3, 40, 30)),
 )

@@ -18,14 +18,16 @@ from .format import WeightFormat
 
 @triton.jit
 def load_kahan(param, residual, at, T: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr):
-    return memory.load(param, at, T, COMPUTE, FULL) + memory.load(residual, at, T, COMPUTE, FULL)
+    p, c = memory.load(param, at, T, COMPUTE, FULL), memory.load(residual, at, T, COMPUTE, FULL)
+    return tl.where(c == 0.0, p, p + c)  # -0.0 + 0.0 would be 0.0
 
 
 @triton.jit
 def store_kahan(param, residual, at, x, noise, T: tl.constexpr, RANDOM: tl.constexpr, FULL: tl.constexpr):
     p = memory.store(param, at, x, T, FULL)
     c = tl.where(tl.abs(p) < float("inf"), x - p, 0.0)
-    return p + memory.store(residual, at, c, T, FULL)
+    c = memory.store(residual, at, c, T, FULL)
+    return tl.where(c == 0.0, p, p + c)
 
 
 def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
@@ -35,7 +37,8 @@ def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
 
 def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """Eager twin of `load_kahan`."""
-    return param.to(torch.float32) + residual.to(torch.float32)
+    p, c = param.to(torch.float32), residual.to(torch.float32)
+    return torch.where(c == 0.0, p, p + c)
 
 
 def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:

@@ -1,9 +1,9 @@
 """float8_e4m3 and float8_e5m2: state as 8-bit floating point with one fp32 scale per group: 1.0625 bytes per element.
 
-``s`` is the group's largest magnitude (``groups.py``), the code is y = x·(M/s) rounded to nearest
-even, M = 448 (e4m3) or 57344 (e5m2) the format's largest number; ``x̂ = ŷ·(s/M)``. Codes are those of
-``torch.float8_e4m3fn`` and ``torch.float8_e5m2``, subnormal ones too; those of inf and NaN have no use. Integers do
-what casts would: not every device knows these types, and those that do disagree beyond M.
+``s`` is the group's largest magnitude (``groups.py``), the code is y = x·(M/s) rounded to nearest even, M = 448 (e4m3)
+or 57344 (e5m2) the format's largest number; ``x̂ = ŷ·(s/M)``. Codes are those of ``torch.float8_e4m3fn`` and
+``torch.float8_e5m2``, subnormal ones too; those of inf and NaN have no use. Integers do what casts would: not every
+device knows these types, and those that do disagree beyond M.
 
 Nonnegative state is held at the smallest code above zero, 2⁻⁹/M or 2⁻¹⁶/M of s, so that none becomes a zero that
 something is divided by; a group of zeros stays zero. Rounded stochastically, y is first rounded to 2⁻¹⁶ of the distance

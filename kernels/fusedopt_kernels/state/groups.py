@@ -22,8 +22,8 @@ TINY = 0x0D800000
 """Bits of 2⁻¹⁰⁰."""
 _TINY = tl.constexpr(TINY)
 SEVENTH = 9586980 / 2**26
-"""The fp32 number below 1/7. Times a scale and 7 it is at most the scale; the one above would give a larger number, and
-a group that is loaded and stored a larger scale every time.
+"""The fp32 number below 1/7: times 7 and a scale it is never above the scale, so that loading and storing a group again
+and again does not raise it.
 """
 
 

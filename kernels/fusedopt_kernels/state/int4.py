@@ -1,8 +1,8 @@
 """int4: signed state in 4 bits, linear, with one fp32 scale per group: 0.5625 bytes per element.
 
-``s`` is the group's largest magnitude (``groups.py``), the code −7…7 is x·(7/s) rounded to nearest
-even, ``x̂ = code·(s/7)``: within s/14 + 2⁻²¹·s of x. Codes are two's complement, two per byte (``packed.py``).
-Rounded stochastically, 15 random bits are added below the code's last.
+``s`` is the group's largest magnitude (``groups.py``), the code −7…7 is x·(7/s) rounded to nearest even,
+``x̂ = code·(s/7)``: within s/14 + 2⁻²¹·s of x. Codes are two's complement, eight to a word (``packed.py``). Rounded
+stochastically, 15 random bits are added below the code's last.
 """
 
 from typing import Any

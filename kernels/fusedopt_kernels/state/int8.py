@@ -1,7 +1,7 @@
 """int8: signed state in 8 bits, linear, with one fp32 scale per group: 1.0625 bytes per element.
 
-``s`` is the group's largest magnitude (``groups.py``), the code is x·(127/s) rounded to nearest
-even, ``x̂ = code·(s/127)``. Rounded stochastically, 15 random bits are added below the code's last.
+``s`` is the group's largest magnitude (``groups.py``), the code is x·(127/s) rounded to nearest even,
+``x̂ = code·(s/127)``. Rounded stochastically, 15 random bits are added below the code's last.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
-"""Two 4-bit codes per byte: byte b of a row holds elements 2b (low half) and 2b + 1 (high half).
+"""Eight 4-bit codes in an int32, the first in its lowest bits: what one thread loads, unpacks, packs and stores.
 
-A row of codes is filled up to whole groups, 16 bytes each, with zeros. An octet is one little-endian word of 32 bits:
-what one thread loads, unpacks, packs and stores.
+A row of codes is filled up to whole groups with zeros.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """uint4: nonnegative state in 4 bits, a small float without sign: 1 bit of mantissa, 8 octaves below the group's top.
 
-``log.py`` with ``SHIFT = 22`` and codes 0…15, two per byte (``packed.py``). Every element above 2⁻⁷ of its group's
+``log.py`` with ``SHIFT = 22`` and codes 0…15, eight to a word (``packed.py``). Every element above 2⁻⁷ of its group's
 largest is within 1/5 of its value; the floor is between 2⁻⁸ and 2⁻⁷ of the largest. ``base`` is an int16 per group:
 0.53125 bytes per element.
 """
