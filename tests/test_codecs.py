@@ -18,6 +18,7 @@ from codec_cases import (
     kept,
 )  # fmt: skip
 
+from fusedopt_kernels.state.groups import steps_eager
 from fusedopt_kernels.table import SCALE_GROUP as GROUP
 
 MANTISSAS = 1.0 + np.concatenate(([0, 1, 2**23 - 1], np.random.default_rng(0).integers(0, 2**23, 45))) * 2.0**-23
@@ -73,6 +74,14 @@ def test_scaled_values_give_their_codes_back(case: Scaled, exponent: int) -> Non
         after, again = case.format.store(case.format.load(after, last), None)
     assert torch.equal(again, last) and ((again / scales - 1).abs() <= 20 * 2.0**-24).all()
     np.testing.assert_array_equal(case.values[from_codes(case, after)], want)
+
+
+@pytest.mark.parametrize("most", [7.0, 127.0, 448.0, 57344.0])
+def test_what_values_are_multiplied_by_is_rounded_once(most: float) -> None:
+    """torch takes a number over a tensor for a product with the reciprocal; a device divides."""
+    scale = np.ldexp(MANTISSAS, 3).astype(np.float32)
+    got = steps_eager(most, torch.from_numpy(scale))
+    np.testing.assert_array_equal(got[:, 0].numpy(), (most / scale.astype(np.float64)).astype(np.float32))
 
 
 @pytest.mark.parametrize("case", SCALED, ids=str)
