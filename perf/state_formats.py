@@ -47,8 +47,9 @@ def replays(seed: int) -> Iterator[Replay]:
                 yield Replay(how, RATES[kind][0], True, rounding, seed)
         for scale in list(SCALES)[1:]:
             yield Replay(FOURTH_8._replace(scale=scale), 0.999, False, rounding, seed)
-        for rate in RATES["nonnegative"][:2]:
-            yield Replay(FLOAT_8._replace(scale="bf16, up"), rate, False, rounding, seed)
+        for scale in ("fp32", "bf16, up"):
+            scaled = FLOAT_8._replace(scale=scale)
+            yield from (Replay(scaled, rate, False, rounding, seed) for rate in RATES["nonnegative"][:2])
         for how in (LINEAR_8, ROOT_8, LINEAR_4):
             for size in (32, 64):
                 scaled = how._replace(scale="bf16, up", group=size)
@@ -86,6 +87,11 @@ def header(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
+def shortened(row: Row) -> Row:
+    """Numbers with five digits."""
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description="Which code for optimizer state loses least.")
@@ -107,7 +113,7 @@ def main() -> None:
         rows = [header(args), *measure(args)]
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args.out.write_text("".join(json.dumps(shortened(row)) + "\n" for row in rows))
     state_tables.show(rows)
 
 

@@ -155,7 +155,7 @@ def test_state_on_the_device_has_the_bits_of_its_twin(
 def test_partial_groups_see_their_own_elements_only(
     device: str, poison: Callable[..., torch.Tensor], case: Scaled | Log, random: bool, n: int, length: int
 ) -> None:
-    """Beyond a row's end are large numbers and NaN, which must not enter a maximum; packed rows are filled with zeros."""
+    """Beyond a row's end are large numbers and NaN, which must not enter a maximum; packed rows end in zeros."""
     wide = -(-length // GROUP) * GROUP
     x, beyond = torch.randn(n, wide) * torch.logspace(-8, 8, n)[:, None], torch.arange(wide) >= length
     x = x if case.signed else x.abs()

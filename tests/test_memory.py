@@ -119,8 +119,8 @@ def test_formats_hold_what_was_estimated(name: str, dtype: torch.dtype) -> None:
 def test_low_bit_training_takes_seven_bytes() -> None:
     params = parameters([(1024, 1024)], torch.bfloat16)
     memory = estimate(params, "adamw", master_weights="split8", state_dtype="int8")
-    assert memory.per_parameter() == 2 + 2 + 1 + 2 * (1 + 2 / 32) + 4 / 2**20
-    assert memory.masters == 2**20 and memory.scales == 2 * 2 * 2**15
+    assert memory.per_parameter() == 2 + 2 + 1 + (1 + 4 / 64) + (1 + 2 / 64) + 4 / 2**20
+    assert memory.masters == 2**20 and memory.scales == (4 + 2) * 2**14
 
 
 def test_a_class_and_a_rule_of_ones_own_are_taken_as_well() -> None:

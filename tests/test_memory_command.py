@@ -50,7 +50,7 @@ def test_without_arguments_it_counts_adamw_over_llama(capsys: pytest.CaptureFixt
     assert "state exp_avg_sq 4.000 29.92" in words and "total 16.000 119.66" in words
     assert "this configuration 4.000 4.000 8.000 0.000 0.000 16.000 119.66 100.0%" in words
     assert "FlashAdamW, bf16, 24-bit 2.000 2.000 2.000 0.125 1.000 7.125 53.29 44.5%" in words
-    assert "fusedopt, bf16, split8, int8 2.000 2.000 2.000 0.125 1.000 7.125 53.29 44.5%" in words
+    assert "fusedopt, bf16, split8, int8 2.000 2.000 2.000 0.094 1.000 7.094 53.05 44.3%" in words
     assert "databricks/flashoptim 0.1.3" in words and "Not counted: activations" in words
     assert max(map(len, out.splitlines())) <= report.WIDTH
 
@@ -82,7 +82,7 @@ def test_low_bit_configurations_stand_beside(capsys: pytest.CaptureFixture[str])
     assert found["memory"]["state"] == {"exp_avg": n + 3 * small, "exp_avg_sq": 4 * n}
     assert found["memory"]["masters"] == n and found["memory"]["scales"] == (n - small) // 32 * 2
     # 2 bytes for the weight, 2 for the gradient, then moments, their scales of 2 bytes per 32, and the masters.
-    expected = [4 + 4 + 2, 4 + 2 + 4 / 32 + 1, 4 + 2 + 4 / 32, 4 + 1 + 4 / 32 + 1]
+    expected = [4 + 4 + 2, 4 + 2 + 6 / 64 + 1, 4 + 2 + 6 / 64, 4 + 1 + 6 / 64 + 1]
     assert [each["memory"]["bytes_per_parameter"] for each in found["ours"]] == pytest.approx(expected, abs=1e-3)
     assert found["ours"][1]["arguments"] == {"master_weights": "split8", "state_dtype": "int8"}
 

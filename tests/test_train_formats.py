@@ -34,7 +34,7 @@ def train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Train:
         (dict(state="float32"), dict(state_dtype="float32")),
         (dict(state="int8"), dict(state_dtype="int8", state_rounding="nearest")),
         (dict(dtype="bf16", master="kahan"), dict(master_weights="kahan")),
-        (dict(dtype="bf16", master="split16", seed=7), dict(master_master_weights="split16")),
+        (dict(dtype="bf16", master="split16", seed=7), dict(master_weights="split16")),
         (dict(dtype="bf16", master="stochastic", seed=7), dict(master_weights="stochastic", seed=7)),
         (
             dict(dtype="bf16", master="split8", seed=7),

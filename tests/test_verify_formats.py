@@ -53,10 +53,11 @@ def test_every_rule_stores_the_numbers_next_to_the_exact_ones():
     seen = {cell for cell, _ in report.verdicts} | {*report.refused, *report.idle}
     assert seen == set(QUICK)
     assert {cell.configuration.rule for cell in report.refused} == {"adafactor", "rmsprop"}
-    assert {cell.configuration.rule for cell in report.idle} == {"asgd"}
+    assert {cell.configuration.rule for cell in report.idle} == {"asgd", "schedule_free_sgd"}  # weights alone
     for (cell, _), verdict in report.verdicts.items():
         coded = any(name.endswith(", scales") for name in verdict.used)
-        assert coded == (cell.kept.state is not None and cell.held and cell.configuration.rule != "asgd"), cell
+        rule, weights_alone = cell.configuration.rule, ("asgd", "schedule_free_sgd")
+        assert coded == (cell.kept.state is not None and rule not in weights_alone), cell
 
 
 @pytest.mark.long
