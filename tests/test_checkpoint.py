@@ -22,7 +22,7 @@ from compare import (
     params_of,
     train,
 )
-from table import FORMATS, RULES, RuleRow, private
+from table import BASIC, FORMATS, RULES, RuleRow, private
 
 from fusedopt.options import FORMATS as STORAGE
 
@@ -152,7 +152,7 @@ def test_a_copy_shares_its_parameters_with_a_copied_module(device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BASIC)
 def test_private_options_survive(name: str, backend: str, device: str) -> None:
     """They come back from a file, formats but to those who have them, and stay when a file without them is loaded."""
     row = RULES[7]

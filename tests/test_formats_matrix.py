@@ -42,6 +42,7 @@ def test_muons_random_numbers_go_on(backend: str, device: str) -> None:
     assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[1], moved[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", MASTERS)
 def test_adafactor(weights: str, device: str) -> None:
     options: Any = dict(master_weights=weights, ema_decay=0.5)

@@ -41,6 +41,7 @@ def test_captured_steps(name: str, graph: Graph, device: str) -> None:  # noqa: 
     for step in (1, 2):
         give(step, params_of(plain), all_of=True)
         for p, q in zip(params_of(captured), params_of(plain), strict=True):
+            assert p.grad is not None and q.grad is not None
             p.grad.copy_(q.grad)
         graph.replay()
         plain.step()

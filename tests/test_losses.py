@@ -70,6 +70,7 @@ def test_the_table_replaces_the_one_before_it(tmp_path: Path) -> None:
     assert text.count(losses.BEGIN) == text.count(losses.END) == 1
 
 
+@pytest.mark.long
 def test_a_run_leaves_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Divergence is a result, a setting that is refused is not."""
     file = tmp_path / "losses.jsonl"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compare import BACKENDS, THREE
 from format_cases import takes
-from table import BASIC, FORMATS, RULES, RuleRow, private, shape_for
+from table import BASIC, RULES, RuleRow, private, shape_for
 
 from fusedopt.encoded import keys
 from fusedopt.formats import LOW, slot_storage, weight_format
@@ -19,7 +19,7 @@ from fusedopt_kernels.state.format import StateFormat
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "none": {},
-    **FORMATS,
+    **BASIC,
     "all": {k: v for f in BASIC.values() for k, v in f.items()},
 }
 OPTIONS: dict[str, dict[str, Any]] = {

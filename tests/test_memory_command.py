@@ -81,7 +81,7 @@ def test_low_bit_configurations_stand_beside(capsys: pytest.CaptureFixture[str])
     n = found["memory"]["parameters"]
     assert found["memory"]["state"] == {"exp_avg": n + 3 * small, "exp_avg_sq": 4 * n}
     assert found["memory"]["masters"] == n and found["memory"]["scales"] == (n - small) // 32 * 2
-    # 2 bytes for the weight, 2 for the gradient, then moments, their scales of 2 bytes per 32, and the masters.
+    # 2 bytes for the weight, 2 for the gradient, then moments, their scales of 4 and 2 bytes per 64, and the masters.
     expected = [4 + 4 + 2, 4 + 2 + 6 / 64 + 1, 4 + 2 + 6 / 64, 4 + 1 + 6 / 64 + 1]
     assert [each["memory"]["bytes_per_parameter"] for each in found["ours"]] == pytest.approx(expected, abs=1e-3)
     assert found["ours"][1]["arguments"] == {"master_weights": "split8", "state_dtype": "int8"}

@@ -177,6 +177,7 @@ def _break_off(record: Any) -> Any:
     return record
 
 
+@pytest.mark.long
 def test_kernels_train_to_the_bits_of_eager(train: Train) -> None:
     """Interpreted, without clipping, whose norm may round differently."""
     options = [*HEADLINE, "--state-rounding", "stochastic", "--steps", "2", "--clip", "0"]
@@ -198,6 +199,7 @@ def test_torch_runs_without_formats(train: Train) -> None:
     assert equal(plain["torch"], ours["torch"]) and not equal(plain["fusedopt"]["model"], ours["fusedopt"]["model"])
 
 
+@pytest.mark.long
 def test_the_seed_decides_how_weights_are_rounded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another seed for the rounding alone: the same data and weights before, other weights after."""
     options = (*WIDE, *HEADLINE, "--steps", 3)

@@ -9,7 +9,7 @@ divided by; a group of zeros stays zero. Nothing is multiplied or rounded twice,
 Rounding is never to nearest while a run goes on: a running average changes by less than half a code in a step, and
 would stand still. Bits of a sequence that covers the unit evenly over the steps (`place.noise`) take the place of the
 half below the kept mantissa, so that E[x̂] = x over the steps of an element; √v is then 1.00 ± 0.06 of what it should be
-at β₂ = 0.999, where nearest gives 0.73 (``perf/notes/formats.md``). Only values that are loaded from other formats are
+at β₂ = 0.999, where nearest gives 0.69 (``perf/notes/formats.md``). Only values that are loaded from other formats are
 rounded to nearest.
 
 Rounded stochastically, random bits take the place of the half below the kept mantissa: E[x̂] = x above the floor,
