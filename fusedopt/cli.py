@@ -17,7 +17,7 @@ from fusedopt import __version__
 EXTRA_MODULES = {"click", "rich", "matplotlib"}
 COMMANDS = {
     "train": "Train a small language model on real text with a fused optimizer.",
-    "verify": "Check every rule, dtype and backend of this machine against a float64 oracle.",
+    "verify": "Check every rule, dtype, format and backend of this machine against a float64 oracle.",
     "inspect": "Compile a rule's kernels and count launches, bytes and instructions, without a GPU.",
     "memory": "Count the memory that training a model holds, beside other packages' formats.",
 }
