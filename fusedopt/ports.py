@@ -106,7 +106,7 @@ class WeightPort(Port):
         return None if self.residual is None else self.residual[part]
 
     def _read(self, part: slice, out: Tensor) -> None:
-        out.copy_(self.form.load(self.tensor[part], self._beside(part)))
+        self.form.load(self.tensor[part], self._beside(part), out)
 
     def _write(self, part: slice, x: Tensor, noise: Tensor | None) -> None:
         self.form.store(x, self.tensor[part], self._beside(part), noise)

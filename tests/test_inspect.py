@@ -113,8 +113,8 @@ def load_neighbours_too(values, scales, at, T: tl.constexpr, COMPUTE: tl.constex
 
 def with_one_more_load(spec: launch.KernelSpec) -> launch.KernelSpec:
     """An update kernel whose first state is loaded twice."""
-    (_, store, kind), *others = spec.constants["STATES"]
-    states = ((load_neighbours_too, store, kind), *others)
+    (_, *rest), *others = spec.constants["STATES"]
+    states = ((load_neighbours_too, *rest), *others)
     changed = {"STATES": states, "SOURCES": getattr(load_neighbours_too, "cache_key", "")}
     return dataclasses.replace(spec, items=tuple((name, changed.get(name, value)) for name, value in spec.items))
 

@@ -14,15 +14,15 @@ def _nothing(param: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class WeightFormat:
-    """codec: device codec of a dtype, given whether to round stochastically. load: fp32 values of a weight and what is
-    kept beside it. store: writes fp32 values, which are used up; noise: int32, 16 bits, or None. initial: what belongs
-    beside a weight whose value is exact. key: of that in the state, None if there is nothing. dtype: its dtype, None:
-    the weight's own. random: whether it always, never or by choice (None) rounds stochastically.
+    """codec: device codec of a dtype, given whether to round stochastically. load: fp32 values, new or in ``out``, of a
+    weight and what is kept beside it. store: writes fp32 values, which are used up; noise: int32, 16 bits, or None.
+    initial: what belongs beside a weight whose value is exact. key: of that in the state, None if there is nothing.
+    dtype: its dtype, None: the weight's own. random: whether it always, never or by choice (None) rounds stochastically.
     """
 
     name: str
     codec: Callable[..., tuple[Any, ...]]
-    load: Callable[[Tensor, Any], Tensor]
+    load: Callable[..., Tensor]
     store: Callable[[Tensor, Tensor, Any, Tensor | None], None]
     key: str | None = None
     dtype: torch.dtype | None = None

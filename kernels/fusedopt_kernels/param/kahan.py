@@ -43,10 +43,11 @@ def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
     return (load_kahan, store_kahan, triton_type(dtype), False)
 
 
-def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def load_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Eager twin of `load_kahan`."""
     p, c = param.to(torch.float32), residual.to(torch.float32)
-    return torch.where(c == 0.0, p, p + c)
+    x = torch.where(c == 0.0, p, p + c)
+    return x if out is None else out.copy_(x)
 
 
 def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:

@@ -30,9 +30,9 @@ def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
     return (load_master, store_master, triton_type(dtype), False)
 
 
-def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def load_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Eager twin of `load_master`."""
-    return residual.clone()
+    return residual.clone() if out is None else out.copy_(residual)
 
 
 def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:

@@ -49,9 +49,9 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return both[..., 0], both[..., 1]
 
 
-def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The fp32 values held by a bf16 weight and its int16 residual."""
-    x = torch.empty_like(param, dtype=torch.float32)
+def load_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The fp32 values held by a bf16 weight and its int16 residual, in ``out`` or a new tensor."""
+    x = torch.empty_like(param, dtype=torch.float32) if out is None else out
     low, high = _halves(x)
     low.copy_(residual)
     high.copy_(param.view(torch.int16))

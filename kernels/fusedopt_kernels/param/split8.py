@@ -44,10 +44,11 @@ def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
     return (load_split8, store_split8, tl.bfloat16, random)
 
 
-def load_eager(param: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def load_eager(param: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Eager twin of `load_split8`: the fp32 values that a bf16 weight and its uint8 residual hold."""
     both = (param.view(torch.int16).to(torch.int32) << 16) | (residual.to(torch.int32) << 8)
-    return (both - 0x8000).view(torch.float32)
+    x = (both - 0x8000).view(torch.float32)
+    return x if out is None else out.copy_(x)
 
 
 def store_eager(x: torch.Tensor, param: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor | None) -> None:

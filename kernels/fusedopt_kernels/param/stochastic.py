@@ -27,9 +27,9 @@ def codec(dtype: torch.dtype, random: bool) -> tuple[Any, ...]:
     return (load_plain, store_stochastic, triton_type(dtype), True)
 
 
-def load_eager(param: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def load_eager(param: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None = None) -> torch.Tensor:
     """The values."""
-    return param.to(torch.float32)
+    return param.to(torch.float32) if out is None else out.copy_(param)
 
 
 def store_eager(
