@@ -17,7 +17,7 @@ class WeightFormat:
     """codec: device codec of a dtype, given whether to round stochastically. load: fp32 values, new or in ``out``, of a
     weight and what is kept beside it. store: writes fp32 values, which are used up; noise: int32, 16 bits, or None.
     initial: what belongs beside a weight whose value is exact. key: of that in the state, None if there is nothing.
-    dtype: its dtype, None: the weight's own. random: whether it always, never or by choice (None) rounds stochastically.
+    dtype: its dtype, None: the weight's own. random: whether it always, never or by choice (None) rounds at random.
     """
 
     name: str
