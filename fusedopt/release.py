@@ -8,7 +8,7 @@ hooks and schedules count it, and it updates what has a gradient that no backwar
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from . import streams
 from .average import refuse_swapped
 from .blocks import Workers
 from .eager import EagerStep
+from .hooks import hook_of, remove_with
 from .metrics import Metrics
 from .options import KEY
 from .plan import Plan
@@ -45,8 +46,8 @@ class Release:
         self._stepped: set[Tensor] = set()
         self._workers: dict[torch.device, Workers] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
-        self._hook = _hook(weakref.ref(self))
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        self._hook = hook_of(self)
+        remove_with(self, self._handles)
 
     def attach(self) -> None:
         """Hook the optimizer's present parameters, and no others."""
@@ -179,22 +180,6 @@ class Single(Stepper):
                     self.workers[part.workers.device] = shared = part.workers
                 part.workers = shared
         return plan
-
-
-def _hook(release: "weakref.ref[Release]") -> Callable[[Tensor], None]:
-    """What parameters hold: it does not keep the optimizer alive."""
-
-    def fire(p: Tensor) -> None:
-        here = release()
-        if here is not None:
-            here.fire(p)
-
-    return fire
-
-
-def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
-    for handle in handles.values():
-        handle.remove()
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

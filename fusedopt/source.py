@@ -6,7 +6,7 @@ summed up in the step, and a gradient that changed after its hook is refused. ``
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from fusedopt_kernels import table
 
 from . import flatten, layout
 from .groups import GroupOptions
+from .hooks import hook_of, remove_with
 from .metrics import Metrics
 from .plan import Plan, _fits
 from .source_sums import EagerSums, KernelSums, sums_of
@@ -66,8 +67,8 @@ class Source:
         self._seen: dict[Tensor, Seen] = {}
         self._accumulated: Tensor | None = None
         self._handles: dict[Tensor, RemovableHandle] = {}
-        self._hook = _hook(weakref.ref(self))
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        self._hook = hook_of(self)
+        remove_with(self, self._handles)
 
     # ------------------------------------------------------------------------------------------------- backward
     def fire(self, p: Tensor) -> None:
@@ -191,22 +192,6 @@ class Source:
         self._plan, self._sums = None, []
         self._places.clear()
         self.forget()
-
-
-def _hook(source: "weakref.ref[Source]") -> Callable[[Tensor], None]:
-    """What parameters hold: it does not keep the optimizer alive."""
-
-    def fire(p: Tensor) -> None:
-        here = source()
-        if here is not None:
-            here.fire(p)
-
-    return fire
-
-
-def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
-    for handle in handles.values():
-        handle.remove()
 
 
 def _is_as_planned(grad: Tensor, place: Place) -> bool:

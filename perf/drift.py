@@ -26,6 +26,7 @@ import triton
 
 import fusedopt
 
+from . import marked
 from .drift_studies import DECAY, LR, MAGNITUDES, RATES, STUDIES, Row
 
 ROOT = Path(__file__).parents[1]
@@ -215,12 +216,7 @@ TABLES: tuple[tuple[tuple[str, ...], Callable[[list[Row]], str], Callable[[list[
 
 def write(notes: Path, text: str) -> None:
     """Put the tables between their markers in `notes`, at the end when there are none."""
-    before = notes.read_text() if notes.exists() else "# Drift\n"
-    head, found, rest = before.partition(BEGIN)
-    tail = rest.partition(END)[2] if found else ""
-    head = head if found else head.rstrip("\n") + "\n\n"
-    notes.parent.mkdir(parents=True, exist_ok=True)
-    notes.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail or chr(10)}")
+    marked.write(notes, text, (BEGIN, END), "Drift")
 
 
 if __name__ == "__main__":

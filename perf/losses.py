@@ -24,6 +24,8 @@ from typing import Any
 
 from fusedopt.train import checkpoint, metrics
 
+from . import marked
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- table of perf.losses: begin -->", "<!-- table of perf.losses: end -->"
 LAST = 100
@@ -252,12 +254,7 @@ def provenance(table: Table) -> str:
 
 def write(notes: Path, text: str) -> None:
     """Put the table between its markers in `notes`, at the end when there are none."""
-    before = notes.read_text() if notes.exists() else "# Final losses over formats\n"
-    head, found, rest = before.partition(BEGIN)
-    tail = rest.partition(END)[2] if found else ""
-    head = head if found else head.rstrip("\n") + "\n\n"
-    notes.parent.mkdir(parents=True, exist_ok=True)
-    notes.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail or chr(10)}")
+    marked.write(notes, text, (BEGIN, END), "Final losses over formats")
 
 
 if __name__ == "__main__":

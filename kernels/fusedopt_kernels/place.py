@@ -26,7 +26,7 @@ def _groups(position, left, N: tl.constexpr):
 
 
 @triton.jit
-def _spread(x):
+def spread(x):
     """(N/8,) to (N,): every octet's number for each of its elements."""
     n: tl.constexpr = x.shape[0]
     return tl.reshape(tl.broadcast_to(x[:, None], (n, 8)), (n * 8,))
@@ -69,8 +69,8 @@ def rowwise(row, start, left, N: tl.constexpr):
     first = octets - further * (wide - length).to(tl.int32)
     exist = tl.minimum(length - across - octets + further * wide, 8).to(tl.int32)
     eighth = lanes % 8
-    mask = (lanes < left) & (eighth < _spread(exist))
-    return (down * length + across, _spread(first) + eighth, mask) + _groups(start, left, N)
+    mask = (lanes < left) & (eighth < spread(exist))
+    return (down * length + across, spread(first) + eighth, mask) + _groups(start, left, N)
 
 
 @triton.jit

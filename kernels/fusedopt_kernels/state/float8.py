@@ -18,17 +18,9 @@ import triton
 import triton.language as tl
 
 from .. import memory
+from ..place import spread
 from .format import StateFormat
-from .groups import (
-    SEVENTH,
-    load_scale,
-    scale_eager,
-    scale_of,
-    spread,
-    steps_eager,
-    steps_of,
-    store_scale,
-)
+from .groups import SEVENTH, load_scale, scale_eager, scale_of, steps_eager, steps_of, store_scale
 
 _SEVENTH = tl.constexpr(SEVENTH)
 

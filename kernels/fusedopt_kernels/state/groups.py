@@ -28,13 +28,6 @@ and again does not raise it.
 
 
 @triton.jit
-def spread(x):
-    """(N/8,) to (N,): every octet's number for each of its elements."""
-    n: tl.constexpr = x.shape[0]
-    return tl.reshape(tl.broadcast_to(x[:, None], (n, 8)), (n * 8,))
-
-
-@triton.jit
 def largest(x):
     """(N,) to (N/8,): the largest in each octet's group."""
     n: tl.constexpr = x.shape[0] // 8

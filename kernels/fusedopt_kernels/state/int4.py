@@ -11,17 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..place import spread
 from .format import StateFormat
-from .groups import (
-    SEVENTH,
-    load_scale,
-    scale_eager,
-    scale_of,
-    spread,
-    steps_eager,
-    steps_of,
-    store_scale,
-)
+from .groups import SEVENTH, load_scale, scale_eager, scale_of, steps_eager, steps_of, store_scale
 from .int8 import rounded, rounded_eager
 from .packed import load_packed, pack, store_packed, unpack
 

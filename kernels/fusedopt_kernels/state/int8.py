@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .. import memory
+from ..place import spread
 from .format import StateFormat
-from .groups import load_scale, scale_eager, scale_of, spread, steps_eager, steps_of, store_scale
+from .groups import load_scale, scale_eager, scale_of, steps_eager, steps_of, store_scale
 
 MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000
 """1.5 · 2²³ and its bits: what is added to it is rounded to a whole number, in the last bits."""

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..place import spread
 from ..table import STOCHASTIC
-from .groups import inside, largest, load_scale, spread, store_scale
+from .groups import inside, largest, load_scale, store_scale
 
 NAN = 0xFFC00000
 """Bits of a NaN above every number, so that all codes of a group with this base are 0."""
