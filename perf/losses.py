@@ -43,6 +43,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "bf16": ("--dtype", "bf16"),
     "float32+float32": _bf16("float32", "float32"),
     "split16+float32": _bf16("split16", "float32"),
+    "split16+int8": _bf16("split16", "int8"),
     "split16+bfloat16-random": _bf16("split16", "bfloat16", *RANDOM_STATE),
     "split8+int8": _bf16("split8", "int8"),
     "split8+int8-random": _bf16("split8", "int8", *RANDOM_STATE),
