@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedopt_kernels import average, launch, table
+from fusedopt_kernels import average, launch, table, tuning
 from fusedopt_kernels.numerics import compute_type, triton_type
 from fusedopt_kernels.param.format import WeightFormat
 
@@ -54,7 +54,7 @@ class AverageTables(DeviceTables):
     def _average_launches(self) -> list[Launch]:
         out: list[Launch] = []
         for (weights, dtype), members in self._by(self._format).items():
-            chunks = self._chunk_map(members, table.MEASURE_COUNT.value, False)
+            chunks = self._chunk_map(members, table.MEASURE_COUNT.value)
             if len(chunks):
                 out.append((_average_spec(weights, dtype), len(chunks), (self.rows.tensor, chunks, self.scalars)))
         return out
@@ -72,16 +72,16 @@ class AverageTables(DeviceTables):
 
 def _average_spec(form: WeightFormat | None, dtype: torch.dtype) -> launch.KernelSpec:
     weight, compute = weight_codec(form, dtype), triton_type(compute_type(dtype))
-    block, tail, warps = launch.launch_shape({t.primitive_bitwidth // 8 for t in (weight[2], compute)})
+    shape = tuning.shape((weight[2], compute))
     items = (
         ("WEIGHT", weight),
         ("COMPUTE", compute),
         ("CHUNK", table.CHUNK),
-        ("BLOCK", block),
-        ("TAIL", tail),
+        ("BLOCK", shape.block),
+        ("TAIL", shape.tail),
         ("SOURCES", launch.sources(weight)),
     )
-    return launch.KernelSpec("average", average.average_kernel, items, warps)
+    return launch.KernelSpec("average", average.average_kernel, items, shape.warps)
 
 
 class EagerAverages:

@@ -88,7 +88,7 @@ class SparseTables(DeviceTables):
         super().run()
         self._found = []
 
-    def _chunk_map(self, members: Sequence[int], counts: int, last_first: bool) -> Tensor:
+    def _chunk_map(self, members: Sequence[int], counts: int) -> Tensor:
         return torch.from_numpy(self._pairs(members, counts)).to(self.device)
 
     def prepare(self) -> int:

@@ -83,7 +83,7 @@ class DeviceTables(Rows):
     def _norm_launches(self, kind: int, with_totals: bool) -> list[Launch]:
         out: list[Launch] = []
         for dtype, members in ({} if self.summed else self._by(_grad_dtype)).items():
-            chunks = self._chunk_map(members, table.NORM_COUNT.value, False)
+            chunks = self._chunk_map(members, table.NORM_COUNT.value)
             if len(chunks):
                 args = (self.rows.tensor, self.grads.tensor, chunks, self.partials)
                 out.append((launch.norm_spec(dtype, kind), len(chunks), args))
@@ -121,9 +121,13 @@ class DeviceTables(Rows):
 
     def _variant_launches(self, key: tuple[Any, ...], members: Sequence[int]) -> list[Launch]:
         """The update of some segments of one variant."""
-        chunks = self._chunk_map(members, table.MEASURE_COUNT.value, True)
+        specs = self._update_specs(key)
+        pairs = self._pairs(members, table.MEASURE_COUNT.value)[::-1]
+        most = [launch.persistent(spec, self.device) for spec in specs]
+        chunks = self._constant(np.pad(pairs, ((0, max(most)), (0, 0)), constant_values=-1))  # where such programs end
         args = (self.rows.tensor, self.grads.tensor, chunks, self.scalars, self.partials)
-        return [(spec, len(chunks), args) for spec in self._update_specs(key)] if len(chunks) else []
+        grids = [min(len(pairs), n or len(pairs)) for n in most]
+        return [(spec, grid, args) for spec, grid in zip(specs, grids, strict=True)] if len(pairs) else []
 
     def _by(self, key: Callable[[Segment], Any]) -> dict[Any, list[int]]:
         found: dict[Any, list[int]] = {}
@@ -174,10 +178,9 @@ class DeviceTables(Rows):
             switches=switches,
         )
 
-    def _chunk_map(self, members: Sequence[int], counts: int, last_first: bool) -> Tensor:
+    def _chunk_map(self, members: Sequence[int], counts: int) -> Tensor:
         """`_pairs` on the device, kept as long as the plan."""
-        pairs = self._pairs(members, counts)
-        return self._constant((pairs[::-1] if last_first else pairs).copy())
+        return self._constant(self._pairs(members, counts))
 
     def _pairs(self, members: Sequence[int], counts: int) -> np.ndarray:
         """(segment, chunk) of every program, int32, for the segments of one launch; counts: column of their chunks."""

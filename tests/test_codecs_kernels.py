@@ -227,7 +227,7 @@ def compiled(architecture: str, codec: tuple[Any, ...], first: Any, full: bool) 
     signature = {"rows": "*i64", "x": "*bf16", "noise": "*i16"} | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
     source = ASTSource(fn=renew, signature=signature, constexprs=constants, attrs=aligned)
-    # 8 elements per thread; 4 where a weight and its copy differ in size: as `launch_shape`
+    # 8 elements per thread; 4 where a weight and its copy differ in size: as in `tuning.SHAPES`
     options = {"num_warps": 8 if codec[0] is MASTER.codec(torch.bfloat16, False)[0] else 4, **launch.OPTIONS}
     return triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options=options)
 

@@ -64,7 +64,7 @@ def inspect_kernel(
         _fill_scalars(spec, arguments)
         regions = subject.regions(arguments)
         addresses = [argument.data_ptr() for argument in arguments]
-        walks = [emulator.walk(code, addresses, regions, program, spec.num_warps) for program in range(grid)]
+        walks = [emulator.walk(code, addresses, regions, program, spec.num_warps, grid) for program in range(grid)]
         for number, (name, p) in enumerate(zip(subject.cases, subject.params, strict=True)):
             if found := [walk for walk in walks if walk.traffic.case == number]:
                 kernel.cases[name] = _case(found, p.numel())

@@ -26,6 +26,9 @@ LIMIT = 1_000_000
 STACK_POINTERS, STACK_TOP = (0x28, 0x37C), 0x10000
 """Where kernels find their stack pointer in constant bank 0 (before Blackwell, and there), and a value for it."""
 
+GRID = (0xC, 0x370)
+"""Where they find the number of programs."""
+
 
 @dataclass
 class Walk:
@@ -40,24 +43,30 @@ class Walk:
     barriers: int = 0
 
 
-def walk(code: Code, arguments: Sequence[int], regions: Sequence[Region], program: int, warps: int) -> Walk:
-    """Execute program ``program`` (its index in the grid) of a kernel called with these 64-bit arguments.
+def walk(
+    code: Code, arguments: Sequence[int], regions: Sequence[Region], program: int, warps: int, grid: int = 1
+) -> Walk:
+    """Execute program ``program`` of ``grid`` of a kernel called with these 64-bit arguments.
 
     Raises:
         CannotFollow: an unknown instruction, or a branch or address that depends on data.
         BadAccess: an access outside the regions or a misaligned one.
     """
-    return _Program(code, arguments, Memory(regions), program, warps).run()
+    return Program(code, arguments, Memory(regions), program, warps, grid).run()
 
 
-class _Program:
-    def __init__(self, code: Code, arguments: Sequence[int], memory: Memory, program: int, warps: int) -> None:
+class Program:
+    """What `walk` executes, one instruction after the other in `step`."""
+
+    def __init__(
+        self, code: Code, arguments: Sequence[int], memory: Memory, program: int, warps: int, grid: int
+    ) -> None:
         self.code, self.memory, threads = code, memory, warps * WARP
         lanes = np.arange(threads, dtype=np.uint32)
         specials = {"SR_TID.X": lanes, "SR_LANEID": lanes % WARP, "SR_CTAID.X": np.full(threads, program, np.uint32)}
         for name in ("SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"):
             specials[name] = np.zeros(threads, np.uint32)
-        constants = {0: threads, 4: 1, 8: 1, **dict.fromkeys(STACK_POINTERS, STACK_TOP)}
+        constants = {0: threads, 4: 1, 8: 1, **dict.fromkeys(STACK_POINTERS, STACK_TOP), **dict.fromkeys(GRID, grid)}
         for i, value in enumerate([*arguments, 0, 0, 0, 0]):  # Triton appends pointers to scratch memory
             constants[code.parameters + 8 * i] = value & 0xFFFFFFFF
             constants[code.parameters + 8 * i + 4] = value >> 32
@@ -74,12 +83,12 @@ class _Program:
             if index == self.done:
                 return self.walked
             try:
-                self._step(index)
+                self.step(index)
             except CannotFollow as error:
                 raise CannotFollow(f"at {self.code.instructions[index].address:#06x}: {error}") from None
         raise CannotFollow(f"no end after {LIMIT} instructions")
 
-    def _step(self, index: int) -> None:
+    def step(self, index: int) -> None:
         ins = self.code.instructions[index]
         active = self.at == index
         self.warps = int(active.reshape(-1, WARP).any(axis=1).sum()) if not active.all() else len(active) // WARP

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import triton
 
-from . import numerics, scalars, step, table, total
+from . import numerics, scalars, step, table, total, tuning
 from .norm import norm_kernel
 from .rows import rows_kernel
 
@@ -88,7 +88,7 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") 
     """One of `KERNELS` of a variant around a rule's ``update`` or ``measure``."""
     average = (numerics.triton_type(v.compute),) if v.switches[3] else ()
     types = (numerics.triton_type(v.grad), v.weight[2], *(codec[2] for codec in v.states), *average)
-    block, tail, warps = launch_shape({t.primitive_bitwidth // 8 for t in types})
+    shape = tuning.shape(types)
     items: tuple[tuple[str, Any], ...] = (
         ("MEASURE" if kernel == "measure" else "RULE", rule),
         ("VARIANT", v.structure),
@@ -104,11 +104,18 @@ def update_spec(name: str, rule: Any, v: UpdateVariant, kernel: str = "update") 
         ("N_SCALARS", v.n_scalars),
         ("N_NORMS", v.n_norms),
         ("CHUNK", table.CHUNK),
-        ("BLOCK", block),
-        ("TAIL", tail),
+        ("BLOCK", shape.block),
+        ("TAIL", shape.tail),
         ("SOURCES", sources(v.weight, *v.states, v.transforms)),
     )
-    return KernelSpec(name, KERNELS[kernel], items, warps)
+    if kernel == "update":
+        items += (("PROGRAMS", shape.programs),)
+    return KernelSpec(name, KERNELS[kernel], items, shape.warps)
+
+
+def persistent(spec: KernelSpec, device: torch.device) -> int:
+    """How many programs of a persistent variant a device has; 0: it has one for every chunk."""
+    return spec.constants.get("PROGRAMS", 0) * tuning.multiprocessors(device)
 
 
 def sources(*parts: tuple[Any, ...]) -> str:
@@ -171,21 +178,6 @@ def scalars_spec(name: str, rule: Any, counts: tuple[int, int, int], use: NormUs
         ("BLOCK", SCALARS_BLOCK),
     )
     return KernelSpec(name, scalars.scalars_kernel, items)
-
-
-def launch_shape(widths: set[int]) -> tuple[int, int, int]:
-    """(block, tail block, warps) of the update kernel for elements of these sizes in bytes.
-
-    Compiled: 8 elements per thread, or 4 for fp64 (registers) and where sizes are mixed (their different vector
-    widths would cost barriers); always 8 with quantised state, whose groups are made of octets. Chosen from the
-    disassembly; no measurement on hardware decided it yet. Interpreted, a block is a whole chunk: each costs Python
-    time.
-    """
-    if numerics.INTERPRETED:
-        return table.CHUNK, table.CHUNK, 4
-    if min(widths) <= 1:
-        return 1024, 256, 4
-    return 1024, 512, 4 if widths in ({2}, {4}) else 8
 
 
 def compile_for(spec: KernelSpec, target: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch, memory, table
+from . import launch, memory, table, tuning
 from .norm import root
 from .numerics import compute_type, div, triton_type
 from .table import ALIGNED, FLAGS, NUMEL, ROW_WIDTH, SCALAR_WIDTH
@@ -94,13 +94,13 @@ def combine_spec(kind: int, root: bool, wide: bool) -> launch.KernelSpec:
 @cache
 def scale_spec(grad: torch.dtype, wide: bool) -> launch.KernelSpec:
     """`scale_kernel` over gradients of one dtype; wide: the norm is fp64."""
-    block, tail, warps = launch.launch_shape({triton_type(grad).primitive_bitwidth // 8})
+    shape = tuning.shape([triton_type(grad)])
     items = (
         ("GRAD", triton_type(grad)),
         ("COMPUTE", triton_type(compute_type(grad))),
         ("WIDE", wide),
         ("CHUNK", table.CHUNK),
-        ("BLOCK", block),
-        ("TAIL", tail),
+        ("BLOCK", shape.block),
+        ("TAIL", shape.tail),
     )
-    return launch.KernelSpec("scale", scale_kernel, items, warps)
+    return launch.KernelSpec("scale", scale_kernel, items, shape.warps)

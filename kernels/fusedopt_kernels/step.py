@@ -144,13 +144,13 @@ def segment_of(rows, grads, chunks, scalars, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def update_kernel(
+def _update_chunk(
     rows, grads, chunks, scalars, partials,
     RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
     TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
     SWITCHES: tl.constexpr, ROWWISE: tl.constexpr, BY_EIGHT: tl.constexpr,
     N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk. For a two-pass rule (N_NORMS > 0) its norms and n are appended to the rule's scalars."""
     row, gradient, chunk, e, srow = segment_of(rows, grads, chunks, scalars, COMPUTE)
@@ -197,6 +197,31 @@ def update_kernel(
     else:
         if SWITCHES[4]:
             measure_unchanged(row, chunk, WEIGHT, COMPUTE, CHUNK, TAIL)
+
+
+@triton.jit
+def update_kernel(
+    rows, grads, chunks, scalars, partials,
+    RULE: tl.constexpr, VARIANT: tl.constexpr, WEIGHT: tl.constexpr, STATES: tl.constexpr,
+    TRANSFORMS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
+    SWITCHES: tl.constexpr, ROWWISE: tl.constexpr, BY_EIGHT: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_NORMS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, SOURCES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk; with PROGRAMS, as many as there are on a multiprocessor, every so manieth up to a row of -1."""
+    if PROGRAMS == 0:
+        _update_chunk(
+            rows, grads, chunks, scalars, partials, RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT,
+            SWITCHES, ROWWISE, BY_EIGHT, N_SCALARS, N_NORMS, CHUNK, BLOCK, TAIL,
+        )  # fmt: skip
+    else:
+        while tl.load(chunks + 2 * tl.program_id(0)) >= 0:
+            _update_chunk(
+                rows, grads, chunks, scalars, partials, RULE, VARIANT, WEIGHT, STATES, TRANSFORMS, GRAD, COMPUTE, EXACT,
+                SWITCHES, ROWWISE, BY_EIGHT, N_SCALARS, N_NORMS, CHUNK, BLOCK, TAIL,
+            )  # fmt: skip
+            chunks += 2 * tl.num_programs(0)
 
 
 @triton.jit
