@@ -56,6 +56,7 @@ def _with_bias(name: str, weight: tuple[int, ...], bias: int) -> Shapes:
 class _Decoder:
     """A Llama-like decoder. feedforward: width of its MLP, or of one expert; experts: 0 for a dense model;
     expert: format of an expert's names; norm_heads: whether queries and keys are normalised.
+    tied: whether the head is the embedding.
     """
 
     layers: int
@@ -68,12 +69,14 @@ class _Decoder:
     experts: int = 0
     expert: tuple[str, tuple[str, str, str]] = ("mlp", ("gate_proj", "up_proj", "down_proj"))
     norm_heads: bool = False
+    tied: bool = False
 
     def __call__(self) -> Shapes:
         shapes: Shapes = {"model.embed_tokens.weight": (self.vocabulary, self.width)}
         for layer in range(self.layers):
             shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in self._block().items()}
-        return shapes | {"model.norm.weight": (self.width,), "lm_head.weight": (self.vocabulary, self.width)}
+        shapes["model.norm.weight"] = (self.width,)
+        return shapes if self.tied else shapes | {"lm_head.weight": (self.vocabulary, self.width)}
 
     def _block(self) -> Shapes:
         width, queries, keys = self.width, self.heads * self.head_width, self.kv_heads * self.head_width
@@ -106,11 +109,36 @@ def _vit(layers: int = 32, width: int = 1280, patch: int = 14, patches: int = 25
     return shapes | _with_bias("heads.head", (classes, width), classes)
 
 
+def _resnet50(classes: int = 1000) -> Shapes:
+    """Convolutions without bias, each with a batch norm; bottlenecks are four times as wide outside."""
+    shapes: Shapes = {"conv1.weight": (64, 3, 7, 7)} | _with_bias("bn1", (64,), 64)
+    inputs = 64
+    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512)), 1):
+        for block in range(blocks):
+            home, outputs = f"layer{stage}.{block}", 4 * width
+            kernels = ((width, inputs, 1, 1), (width, width, 3, 3), (outputs, width, 1, 1))
+            for number, kernel in enumerate(kernels, 1):
+                shapes[f"{home}.conv{number}.weight"] = kernel
+                shapes |= _with_bias(f"{home}.bn{number}", kernel[:1], kernel[0])
+            if block == 0:
+                shapes[f"{home}.downsample.0.weight"] = (outputs, inputs, 1, 1)
+                shapes |= _with_bias(f"{home}.downsample.1", (outputs,), outputs)
+            inputs = outputs
+    return shapes | _with_bias("fc", (classes, inputs), classes)
+
+
 MODELS = {
     "gpt2": Model(
         "GPT-2 124M, head tied to the embedding",
         "Radford et al. (2019), Table 2 and the published configuration; transformers' GPT2LMHeadModel",
         _gpt2,
+    ),
+    "llama3.2-1b": Model(
+        "Llama 3.2 1B, head tied to the embedding",
+        "Meta (2024), the published configuration; transformers' LlamaForCausalLM",
+        _Decoder(
+            layers=16, width=2048, feedforward=8192, heads=32, kv_heads=8, vocabulary=128256, head_width=64, tied=True
+        ),
     ),
     "llama3-8b": Model(
         "Llama 3 8B",
@@ -121,6 +149,9 @@ MODELS = {
         "Llama 3 70B",
         "Llama Team (2024), The Llama 3 Herd of Models, Table 3; transformers' LlamaForCausalLM",
         _Decoder(layers=80, width=8192, feedforward=28672, heads=64, kv_heads=8, vocabulary=128256),
+    ),
+    "resnet50": Model(
+        "ResNet-50, head of 1000 classes", "He et al. (2016), Table 1; torchvision's resnet50", _resnet50
     ),
     "vit-h-14": Model(
         "ViT-H/14 for 224 × 224 images, head of 1000 classes",

@@ -15,9 +15,11 @@ BY_NAME = {rival.name: rival for rival in RIVALS}
 
 PUBLISHED = {
     "gpt2": (124_439_808, 148),
+    "llama3.2-1b": (1_235_814_400, 146),  # the model card's 1.23 billion
     "llama3-8b": (8_030_261_248, 291),
     "llama3-70b": (70_553_706_496, 723),
-    "vit-h-14": (632_045_800, 392),  # torchvision's own count
+    "resnet50": (25_557_032, 161),  # torchvision's own count
+    "vit-h-14": (632_045_800, 392),  # as above
     "mixtral-8x7b": (46_702_792_704, 995),
     "qwen3-30b-a3b": (30_532_122_624, 18_867),  # published as 30.5 billion
 }
@@ -31,6 +33,20 @@ def test_models_have_as_many_parameters_as_published(name: str) -> None:
     assert len(parameters) == tensors
     assert all(p.is_meta and p.requires_grad and p.dtype == torch.bfloat16 for p in parameters.values())
     assert set(MODELS) == set(PUBLISHED)
+
+
+def test_resnets_blocks_are_bottlenecks() -> None:
+    """The first of each stage projects what it adds; batch norms have two vectors of the convolution's outputs."""
+    shapes = MODELS["resnet50"].shapes()
+    assert shapes["layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
+    assert shapes["layer4.2.conv2.weight"] == (512, 512, 3, 3) and shapes["layer4.2.bn3.bias"] == (2048,)
+    assert sum("downsample.0" in name for name in shapes) == 4 and shapes["fc.weight"] == (1000, 2048)
+
+
+def test_a_tied_head_stands_once() -> None:
+    shapes = MODELS["llama3.2-1b"].shapes()
+    assert shapes["model.embed_tokens.weight"] == (128256, 2048) and "lm_head.weight" not in shapes
+    assert shapes["model.layers.15.self_attn.k_proj.weight"] == (512, 2048)
 
 
 def test_experts_are_matrices_of_their_own() -> None:
