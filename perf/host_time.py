@@ -1,16 +1,12 @@
-"""Python time of a step: ``python -m perf.host_time``.
+"""Python time of a step with more rules and options: ``python -m perf.host_time``. What is timed and how: ``host.py``.
 
-Tensors of at most four elements, so that a step is all host work. Ours runs with a launcher that starts nothing; every
-validation is in, and so is the upload of the pointer table, which on the CPU is a copy in memory. Gradients lie at
-new addresses in every step. torch's optimizers run as they are: their kernels take 1 µs a tensor and less here.
-
+Here caches are not overwritten between steps: they hold what the other cases, which take turns, have left of them.
 Around the update: torch clips, unscales and averages in functions of its own, which are timed with its fused step.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from itertools import cycle
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +14,20 @@ import torch
 import fusedopt
 from fusedopt.metrics import NAMES
 from fusedopt.rules import RULES
-from fusedopt_kernels import launch
-
-from .interleaved import Times, machine, measure
+from perf import host
+from perf.clock import Times, turns
+from perf.results import machine
 
 COUNTS = (291, 1164)
-SHAPES = ((4,), (2, 2), (), (3,), (1, 4), (1,))
 CLIP: dict[str, Any] = {"clip_grad_norm": 1.0}
 BASE, CLIPPED, SCALED, AVERAGED = (
     "torch fused AdamW", "torch clip + fused", "torch scaler + clip + fused", "torch clip + fused + swa_utils",
 )  # fmt: skip
+THEIRS = {
+    BASE: ("torch fused", "step"), "torch foreach AdamW": ("torch foreach", "step"), CLIPPED: ("torch fused", "clip"),
+    SCALED: ("torch fused", "amp"), AVERAGED: ("torch fused", "clip"),
+}  # fmt: skip
+"""torch's cases: contender and work."""
 
 
 class Row(NamedTuple):
@@ -62,81 +62,27 @@ AROUND = (
 """Cases that take turns with one another, so that none finds warm caches."""
 
 
-class Silent(launch.Recorder):
-    """Counts launches; starts none and keeps nothing."""
-
-    def first(self, spec: launch.KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> Any:
-        return spec.fn
-
-    def again(self, kernel: Any, spec: launch.KernelSpec, grid: int, args: tuple[torch.Tensor, ...]) -> None:
-        pass
-
-
-class Model:
-    """Tiny parameters, and three sets of gradients that take turns."""
-
-    def __init__(self, count: int) -> None:
-        shapes = [SHAPES[i % len(SHAPES)] for i in range(count)]
-        self.params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
-        sets = [[torch.ones(s) for s in shapes] for _ in range(3)]
-        self._sets: Iterator[list[torch.Tensor]] = cycle(sets)
-
-    def backward(self) -> None:
-        """Gradients at other addresses than in the step before."""
-        for p, grad in zip(self.params, next(self._sets), strict=True):
-            p.grad = grad
+def case(count: int, name: str) -> host.Case:
+    """By the name of one of `ROWS` or `THEIRS`."""
+    if name in THEIRS:
+        made = host.contender(*THEIRS[name], count)
+        return averaged(made) if name == AVERAGED else made
+    row, model = ROWS[name], host.Model(count)
+    optimizer = getattr(fusedopt, RULES[row.rule])(model.params, backend="triton", **row.options)
+    return host.ours(model, optimizer, row.scaled)
 
 
-class Case(NamedTuple):
-    """A model of its own, its optimizer, and what is timed."""
-
-    model: Model
-    optimizer: Any
-    step: Callable[[], object]
-
-
-def theirs(count: int, name: str) -> Case:
-    """One of torch's cases."""
-    model = Model(count)
-    foreach = "foreach" in name
-    optimizer = torch.optim.AdamW(model.params, foreach=foreach, fused=not foreach)
-    if name == SCALED:
-        return Case(model, optimizer, under(torch.amp.GradScaler("cpu", init_scale=1.0), optimizer, model.params))
-    weights = [p.detach() for p in model.params]
+def averaged(case: host.Case) -> host.Case:
+    """A case that renews torch's average of the weights after each step."""
+    weights = [p.detach() for p in case.model.params]
     averages = [p.clone() for p in weights]
     renew = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
 
     def step() -> None:
-        if name in (CLIPPED, AVERAGED):
-            torch.nn.utils.clip_grad_norm_(model.params, 1.0)
-        optimizer.step()
-        if name == AVERAGED:
-            renew(averages, weights, 1)
+        case.step()
+        renew(averages, weights, 1)
 
-    return Case(model, optimizer, step)
-
-
-def under(scaler: torch.amp.GradScaler, optimizer: Any, clipped: list[torch.nn.Parameter] | None) -> Callable[[], None]:
-    """A step and an update of a scaler; ``clipped``: gradients are unscaled and clipped before, as torch's recipe."""
-    scaler.scale(torch.ones(()))  # it makes its tensors then
-
-    def step() -> None:
-        if clipped is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step
-
-
-def ours(count: int, row: Row) -> Case:
-    """One of our cases."""
-    model = Model(count)
-    optimizer = getattr(fusedopt, RULES[row.rule])(model.params, backend="triton", **row.options)
-    optimizer._launcher = Silent()
-    scaler = fusedopt.GradScaler("cpu", init_scale=1.0)
-    return Case(model, optimizer, under(scaler, optimizer, None) if row.scaled else optimizer.step)
+    return host.Case(case.model, step)
 
 
 def run(count: int, rounds: int) -> Times:
@@ -145,33 +91,28 @@ def run(count: int, rounds: int) -> Times:
     Raises:
         AssertionError: a step did something else than its launches and one upload of gradient addresses.
     """
-    seconds: dict[str, list[float]] = {}
+    found = Times({})
     for names in (ALONE, AROUND):
-        made = {name: ours(count, ROWS[name]) if name in ROWS else theirs(count, name) for name in names}
-        calls = {name: case.step for name, case in made.items()}
-        seconds.update(measure(calls, rounds, prepare=lambda name, made=made: made[name].model.backward()).seconds)
+        made = {name: case(count, name) for name in names}
+        found.samples.update(turns(made, host.Clock(cold=False), rounds, math.inf).samples)
         for name in made.keys() & ROWS.keys():
-            check(made[name].optimizer, ROWS[name].launches, rounds + 2)
-    return Times(seconds)
-
-
-def check(optimizer: Any, launches: int, steps: int) -> None:
-    """Every step was its launches and one upload of gradient addresses."""
-    (tables,) = optimizer._tables
-    assert optimizer._launcher.launches == launches * steps and optimizer._launcher.compiles == launches
-    assert tables.grads.uploads == steps
+            host.check(made[name].optimizer, ROWS[name].launches, rounds + 2)
+    return found
 
 
 def show(count: int, times: Times) -> None:
     """One line per case, with its ratio to torch's case beside it."""
     head = f"{count:,} tensors"
     print(f"\n{head:32}{'best':>10}{'median':>12}{'per tensor':>13}{'ratio of bests':>17}{'of medians':>13}")
-    for name in times.seconds:
+    for name in times.samples:
         row = ROWS.get(name)
-        best, (ratio, median) = times.best(name), times.ratio(name, row.base if row else BASE)
+        base = row.base if row else BASE
+        best, usual = times.best(name, "host"), times.spread(name, "host")["median"]
+        median = times.ratio(name, base, "host")["median"]
+        ratio = best / times.best(base, "host")
         compared = f"   of {row.base}" + (f" (allowed: {row.limit:g})" if row.limit else "") if row else ""
         print(
-            f"{name:32}{best * 1e6:7,.0f} µs{times.median(name) * 1e6:9,.0f} µs{best / count * 1e6:10.2f} µs"
+            f"{name:32}{best * 1e6:7,.0f} µs{usual * 1e6:9,.0f} µs{best / count * 1e6:10.2f} µs"
             f"{ratio:17.3f}{median:13.3f}{compared}"
         )
 
@@ -185,10 +126,10 @@ def main() -> None:
     args = parser.parse_args()
     measured = {count: run(count, args.rounds) for count in args.count}
     if args.json:
-        seconds = {count: times.seconds for count, times in measured.items()}
+        seconds = {n: {c: [s.host for s in t.samples[c]] for c in t.samples} for n, t in measured.items()}
         print(json.dumps({"machine": machine(), "arguments": vars(args), "seconds": seconds}))
         return
-    print(machine())
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     for count, times in measured.items():
         show(count, times)
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: decay alone, long ways against float64, gradients of every size; and the tables of `perf.drift`.
+"""Nothing is lost: decay alone, long ways against float64, gradients of every size; and its study's tables.
 
 On eager twins, whose bits the kernels share; the formats themselves are tested in test_codecs*.py.
 """
@@ -19,8 +19,8 @@ import fusedopt
 
 pytest.importorskip("perf", reason="perf/ is part of the checkout only")
 
-from perf import drift
-from perf import drift_studies as studies
+from perf.studies import drift
+from perf.studies import drift_studies as studies
 
 BF16_WARNING = "ignore:state 'exp_avg_sq' takes its parameter's dtype:UserWarning"
 UNIT = {

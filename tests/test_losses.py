@@ -1,4 +1,4 @@
-"""The table of final losses over formats (`perf/losses.py`): what it records, selects and concludes."""
+"""The table of final losses over formats (`perf/studies/losses.py`): what it records, selects and concludes."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("perf", reason="perf/ is part of the checkout only")
 
-from perf import losses
+from perf.studies import losses
 
 
 def rows(name: str, *values: float | None, first: int = 0) -> list[losses.Row]:

@@ -1,4 +1,4 @@
-"""Codes for optimizer state that `perf.state_formats` compares: what comes back of a tensor that was coded.
+"""Codes for optimizer state that `perf.studies.state_formats` compares: what comes back of a tensor that was coded.
 
 A code maps groups (n, G) and dither, None for nearest rounding or uniform in [0, 1) of the same shape, to what is
 decoded. Most are `relative`: a curve of the share of the group's largest magnitude, times that scale.

@@ -1,4 +1,4 @@
-"""Final validation losses of the main job over formats of weights and state: ``python -m perf.losses``.
+"""Final validation losses of the main job over formats of weights and state: ``python -m perf.studies.losses``.
 
 Every run is `fusedopt train` as it is (1000 steps on Python's own sources), on one thread; equal seeds see the same
 weights and data. A finished run is a line of ``results/losses.jsonl``, so that ``--resume`` goes on where a table was
@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.train import checkpoint, metrics
+from perf import marked
 
-from . import marked
-
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- table of perf.losses: begin -->", "<!-- table of perf.losses: end -->"
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- table of perf.studies.losses: begin -->", "<!-- table of perf.studies.losses: end -->"
 LAST = 100
 """The training loss is the mean over so many last steps: one batch says little."""
 
@@ -178,7 +177,9 @@ def select(rows: Iterable[Row], arguments: Sequence[str]) -> Table:
             table.setdefault(row["format"], {})[row["seed"]] = row
     texts = {row["environment"]["text"] for own in table.values() for row in own.values() if row["environment"]}
     if len(texts) > 1:
-        raise SystemExit("perf.losses: the rows are of different texts (Python versions): keep them in other --folders")
+        raise SystemExit(
+            "perf.studies.losses: the rows are of different texts (Python versions): keep them in other --folders"
+        )
     return {name: table[name] for name in FORMATS if name in table}
 
 

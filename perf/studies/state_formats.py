@@ -1,8 +1,9 @@
-"""Which code for optimizer state loses least: ``python -m perf.state_formats``.
+"""Which code for optimizer state loses least: ``python -m perf.studies.state_formats``.
 
 State of the default training job is coded once (error of the slot and of Adam's update, also with outlier columns and
 with gradients of other magnitudes), and coded again in each of 3000 steps on recorded gradients. Codes are simulated
-with plain tensors; for training with the real ones see `perf.losses`. Piped output is Markdown; `--out` keeps all rows.
+with plain tensors; for training with the real ones see `perf.studies.losses`. Piped output is Markdown; `--out` keeps
+all rows.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from typing import Any
 
 import torch
 
-from . import state_tables
-from .recorded import RUNS, record
-from .state_codes import SCALES, Format
-from .state_studies import Replay, Row, magnitudes, once, outliers
+from perf.studies import state_tables
+from perf.studies.recorded import RUNS, record
+from perf.studies.state_codes import SCALES, Format
+from perf.studies.state_studies import Replay, Row, magnitudes, once, outliers
 
 ROUNDINGS = ("nearest", "stochastic", "sequence")
 REPLAYED = {

@@ -1,4 +1,4 @@
-"""The tables of `perf.state_formats`."""
+"""The tables of `perf.studies.state_formats`."""
 
 from collections.abc import Callable
 from typing import Any

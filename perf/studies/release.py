@@ -1,4 +1,4 @@
-"""Peak memory of a training step with and without gradient release: ``python -m perf.release``.
+"""Peak memory of a training step with and without gradient release: ``python -m perf.studies.release``.
 
 Each case runs in a process of its own: a stack of square bf16 layers, two steps of AdamW (split8 weights, int8
 state), one thread. Peak memory is the process's own (maximum resident set) beyond what it had before the first backward
@@ -55,7 +55,7 @@ def main() -> None:
         return
     for case in ("plain", "release"):
         size = ["--layers", str(chosen.layers), "--width", str(chosen.width)]
-        command = [sys.executable, "-m", "perf.release", "--case", case, *size]
+        command = [sys.executable, "-m", "perf.studies.release", "--case", case, *size]
         row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         sizes = ", ".join(f"{name} {size:.0f} MiB" for name, size in row.items())
         print(f"{case:8} {sizes} more")

@@ -1,4 +1,4 @@
-"""What `perf.state_formats` measures; every function gives rows of numbers by name."""
+"""What `perf.studies.state_formats` measures; every function gives rows of numbers by name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recorded import RUNS, Recording
-from .state_codes import FORMATS, SCALES, Format, formats
+from perf.studies.recorded import RUNS, Recording
+from perf.studies.state_codes import FORMATS, SCALES, Format, formats
 
 Row = dict[str, Any]
 GROUPS = (16, 32, 64, 128)

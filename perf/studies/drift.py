@@ -1,4 +1,4 @@
-"""What each format of weights and state loses over 10⁴ steps: ``python -m perf.drift``.
+"""What each format of weights and state loses over 10⁴ steps: ``python -m perf.studies.drift``.
 
 Decay alone, the way of float64 under the same gradients, the final loss on a noisy quadratic, and gradients of every
 size; `drift_studies` says how each is measured. Everything runs on eager twins, whose bits kernels share (AdamW on
@@ -25,12 +25,11 @@ import torch
 import triton
 
 import fusedopt
+from perf import marked
+from perf.studies.drift_studies import DECAY, LR, MAGNITUDES, RATES, STUDIES, Row
 
-from . import marked
-from .drift_studies import DECAY, LR, MAGNITUDES, RATES, STUDIES, Row
-
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- tables of perf.drift: begin -->", "<!-- tables of perf.drift: end -->"
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- tables of perf.studies.drift: begin -->", "<!-- tables of perf.studies.drift: end -->"
 DECAYED = ("torch bf16", "bf16", "float32", "split16", "split8", "split8-nearest", "kahan", "stochastic")
 WEIGHTS = tuple(f"{name}+float32" for name in ("bf16", *DECAYED[2:]))
 STATES = (

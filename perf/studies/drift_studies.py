@@ -1,7 +1,7 @@
-"""What `perf.drift` measures: what each format of weights and state loses over many steps. Functions give rows.
+"""What `perf.studies.drift` measures: what each format of weights and state loses over many steps. Functions give rows.
 
-A format is named weights+state, as in `perf.losses`: ``fp32`` weights are fp32 parameters, all others are bf16 ones,
-``bf16`` with nothing beside them; ``-nearest`` and ``-random`` name the rounding that is not the default.
+A format is named weights+state, as in `perf.studies.losses`: ``fp32`` weights are fp32 parameters, all others are bf16
+ones, ``bf16`` with nothing beside them; ``-nearest`` and ``-random`` name the rounding that is not the default.
 """
 
 import math

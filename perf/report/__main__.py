@@ -1,0 +1,5 @@
+"""`python -m perf.report`."""
+
+from perf.report import main
+
+main()

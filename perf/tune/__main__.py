@@ -1,0 +1,5 @@
+"""`python -m perf.tune`."""
+
+from perf.tune import main
+
+main()
