@@ -8,6 +8,7 @@ from perf.report.shown import OURS, markdown, number, percent, times
 from perf.report.targets import verdicts
 from perf.results import Row
 from perf.run import FIRST
+from perf.work import FORMATS
 
 MEASURE, COUNT = "python -m perf --all --minutes 9", "python -m perf --device cpu"
 MOST = 12
@@ -21,8 +22,15 @@ def section(rows: Sequence[Row], images: Sequence[str]) -> str:
     pictures += (
         f"\n\nPlots by `{COUNT}`, and with measured times by `{MEASURE}`; each says which it shows." if images else ""
     )
-    more = "Other cases, what each contender keeps, what is missing: [perf/REPORT.md](perf/REPORT.md)."
-    return "\n\n".join(["## Speed", *tables, *filter(None, [pictures]), more])
+    formats = "; ".join(f"**{form.name}**: {form.title}" for form in FORMATS.values())
+    formats = (
+        f"Formats: {formats}. What each contender keeps in them: [perf/REPORT.md](perf/REPORT.md#what-each-keeps)."
+    )
+    more = (
+        "How it is measured and predicted: [perf/notes/bench.md](perf/notes/bench.md). Other cases, who is missing: "
+        "[perf/REPORT.md](perf/REPORT.md)."
+    )
+    return "\n\n".join(["## Speed", formats, *tables, *filter(None, [pictures]), more])
 
 
 def _times(rows: Sequence[Row]) -> str:
