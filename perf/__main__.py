@@ -1,5 +1,6 @@
 """`python -m perf`: measure, predict and count; compare two runs. Exit status: 1 for a regression or a failed stage."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,15 @@ from perf.results import RESULTS
 from perf.run import Selection
 from perf.work import FORMATS, WORKS
 
+OUT = """Results file, to which rows are appended.  [default: in perf/results, no-gpu.jsonl, which is begun anew, or
+gpu-NAME-DATE.jsonl]"""
 HELP = """Measure fusedopt beside other optimizers and write the rows to a file.
 
 \b
 With a GPU: times, launches, memory, shares of the bandwidth of a copy, the most telling cases first.
 Without: bytes, instructions and registers of the kernels, host time with launches stubbed, the eager backend
-against torch's CPU optimizers, and what a bandwidth model predicts for GPUs; a report with plots.
+against torch's CPU optimizers, and what a bandwidth model predicts for GPUs. Without a choice of what to measure,
+perf/REPORT.md and the plots are written, too.
 
 \b
 Examples:
@@ -44,7 +48,7 @@ def _names(option: str, short: str, known: Any, what: str) -> Any:
 @click.option("--graph/--no-graph", default=None, help="Only steps in CUDA graphs, or none.  [default: both]")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop beginning new jobs in time.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Results file; rows are appended.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help=OUT)
 @click.option("--all", "everything", is_flag=True, help="Tests, sanitizer and tuning too: for a rented GPU.")
 @click.option("--list", "listing", is_flag=True, help="List cases, formats and contenders, and what is missing.")
 @click.option(
@@ -61,6 +65,10 @@ def main(everything: bool, listing: bool, compare: tuple[Path, Path] | None, **g
         return show()
     device = _device(given["device"])
     minutes = given["minutes"]
+    if minutes is not None and not math.isfinite(minutes):
+        raise click.UsageError("--minutes takes a number of minutes")
+    if device == "cpu" and given["graph"]:
+        raise click.UsageError("--graph needs a GPU")
     if everything:
         from perf import everything as all_of_it
 
@@ -78,8 +86,11 @@ def one(device: str, selection: Selection, deadline: float, out: Path) -> int:
     from perf.results import Writer
     from perf.run import measure_jobs, missing
 
-    writer = Writer(out)
-    missing(writer, selection)
+    try:
+        writer = Writer(out)
+        missing(writer, selection)
+    except OSError as error:
+        raise click.UsageError(f"--out {out}: {error.strerror or error}") from None
     if device == "cpu" and selection.is_empty:
         from perf import no_gpu
 

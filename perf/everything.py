@@ -152,8 +152,8 @@ PLAN: tuple[tuple[Stage, float], ...] = (
 
 
 def main(minutes: float, out: Path, device: str) -> int:
-    """Carry out `PLAN`. Returns 0 if every stage that ran was ok, else 1; 2 for a file of something else; 128 and more
-    for a signal.
+    """Carry out `PLAN`. Returns 0 if every stage that ran was ok, and one did, else 1; 2 for a file of something else;
+    128 and more for a signal.
     """
     out = out.resolve()
     try:
@@ -172,7 +172,7 @@ def main(minutes: float, out: Path, device: str) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return stopped or int(any(row["ok"] is False for row in run.stages))
+    return stopped or int(any(row["ok"] is False for row in run.stages) or all(row["ok"] is None for row in run.stages))
 
 
 def _carry_out(run: Run) -> int:

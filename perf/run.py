@@ -1,7 +1,7 @@
 """Which jobs are measured, and in which order: those first that decide whether somebody switches."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -37,6 +37,10 @@ FIRST = (
 ON_CPU = (("gpt2", "fp32", "step", False), ("gpt2", "fp32", "clip", False), ("tiny-1000", "fp32", "clip", False))
 
 
+Key = tuple[str, str, str, bool]
+"""Case, format, work, graph."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Names; an empty one is everything. graph: only captured steps, only plain ones, or both."""
@@ -52,7 +56,7 @@ class Selection:
         """Whether nothing was chosen."""
         return self == Selection()
 
-    def takes(self, key: tuple[str, str, str, bool]) -> bool:
+    def takes(self, key: Key) -> bool:
         """Whether a job is among them."""
         chosen = (self.cases, self.formats, self.works)
         named = all(not names or name in names for names, name in zip(chosen, key, strict=False))
@@ -65,7 +69,7 @@ class Selection:
         ]
 
 
-def order(device: str, selection: Selection) -> Iterator[tuple[str, str, str, bool]]:
+def order(device: str, selection: Selection) -> Iterator[Key]:
     """Jobs by their names. On the CPU a few, unless something was chosen."""
     if device == "cpu":
         everything = ON_CPU if selection.is_empty else tuple(product(CASES, FORMATS, WORKS, (False,)))
@@ -79,13 +83,13 @@ def measure_jobs(
     deadline: float = float("inf"),
     selection: Selection = Selection(),
     tell: Callable[[str], object] = print,
-    skip: Iterable[tuple[str, str, str, bool]] = (),
-) -> list[tuple[str, str, str, bool]]:
+    skip: Iterable[Key] = (),
+) -> list[Key]:
     """Measure job after job until `time.monotonic()` passes the deadline; returns those that were begun.
 
     No job is begun for which there is less time than the last one took.
     """
-    done: list[tuple[str, str, str, bool]] = []
+    done: list[Key] = []
     last, who, left_out = 0.0, selection.who(), set(skip)
     for key in order(bench.device, selection):
         if key in left_out:
@@ -94,14 +98,15 @@ def measure_jobs(
             tell(f"out of time: the rest from {' '.join(map(str, key[:3]))} on was not measured")
             break
         begin = time.monotonic()
-        for line in _measure_one(bench, key, who):
+        for line in _measure_one(bench, key, who, selection.contenders):
             tell(line)
         last = time.monotonic() - begin
         done.append(key)
     return done
 
 
-def _measure_one(bench: Bench, key: tuple[str, str, str, bool], who: Sequence[Contender]) -> Iterator[str]:
+def _measure_one(bench: Bench, key: Key, who: Sequence[Contender], named: Collection[str] = ()) -> Iterator[str]:
+    """Lines about a job as it is measured. named: who was asked for by name."""
     case, form, work = CASES[key[0]], FORMATS[key[1]], WORKS[key[2]]
     fitted = case.fitted(bench.memory / 2 / form.held)
     head = f"{case.name}, {form.name}, {work.title}{', captured' if key[3] else ''}"
@@ -111,7 +116,10 @@ def _measure_one(bench: Bench, key: tuple[str, str, str, bool], who: Sequence[Co
         yield f"{head}: does not fit in {bench.memory / 2**30:.0f} GiB twice"
         return
     yield f"{head} ({fitted.part}, {fitted.tensors:,} tensors, {fitted.elements:,} elements)"
-    for row in measure(bench, Job(fitted, form, work, bench.device, key[3]), who):
+    job = Job(fitted, form, work, bench.device, key[3])
+    if idle := [c.name for c in who if c.name in named and not c.takes(form, work, bench.device, key[3])]:
+        yield f"    not done by {', '.join(idle)}"
+    for row in measure(bench, job, who):
         yield f"    {line(row)}"
 
 

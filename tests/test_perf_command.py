@@ -26,6 +26,9 @@ def call(*arguments: str) -> Any:
         (("--case", "gtp2"), "'gtp2' is not one of 'gpt2'"),
         (("--contender", "torch fussed"), "'torch fussed' is not one of"),
         (("--minutes", "0"), "0.0 is not in the range x>0"),
+        (("--minutes", "nan"), "--minutes takes a number of minutes"),
+        (("--graph", "--device", "cpu"), "--graph needs a GPU"),
+        (("--device", "cpu", "--out", "/dev/null/x.jsonl"), "--out /dev/null/x.jsonl: "),
         (("--device", "cuda"), "torch sees no GPU here"),
         (("--all", "--case", "gpt2"), "--all chooses what is measured"),
         (("--compare", "nowhere.jsonl", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
@@ -49,7 +52,11 @@ def test_a_chosen_job_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = call(*chosen, "--device", "cpu", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert [r["contender"] for r in results.read(out) if r["kind"] == "measured"] == ["fusedopt", "torch fused"]
-    assert "fusedopt takes" in result.output and result.output.endswith(f"2 rows in {out}\n")
+    assert (
+        "not done by" not in result.output
+        and "fusedopt takes" in result.output
+        and result.output.endswith(f"2 rows in {out}\n")
+    )
 
 
 def test_a_chosen_job_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +81,12 @@ def test_a_chosen_job_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = [(r["work"], r["contender"]) for r in results.read(out) if r["kind"] == "measured"]
     assert found == [("amp", "fusedopt"), ("amp", "torch fused")]
     assert "µs host" in result.output and "of a copy" in result.output
+
+
+def test_who_was_asked_for_and_does_not_do_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.CASES, "tiny-1000", SMALL)
+    chosen = ("--case", "tiny-1000", "--format", "int8", "--work", "step", "--contender", "torch fused")
+    assert "    not done by torch fused\n" in call(*chosen, "--device", "cpu", "--out", str(tmp_path / "r")).output
 
 
 def test_parts_without_a_gpu_end_with_the_time(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:

@@ -118,3 +118,27 @@ def test_targets_across_formats_and_within_noise() -> None:
     mine = timed("llama3.2-1b", "fp32", "step", "fusedopt", 8.1)
     for ratio, wanted in ((around(1.005, 0.01), "met"), (around(1.05, 0.01), "missed")):
         assert verdict([mine, {**fused, "ratio": ratio}], "AdamW fp32 step").verdict == wanted
+
+
+def test_a_torn_last_line_is_told_of_and_few_lines_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = written(tmp_path / "a", measured())
+    more = [{**row, "case": f"case{i}"} for row in measured() for i in range(9)]
+    b = written(tmp_path / "b", [*measured(), *more])
+    with a.open("a") as file:
+        file.write('{"kind": "mea')
+    assert regressions.main(a, b) == 0
+    found = capsys.readouterr()
+    assert found.err == f"{a}: the last line is torn and left out\n"
+    assert (
+        found.out.count("only in B: ") == regressions.FEW + 1
+        and f"only in B: {len(more) - regressions.FEW} more" in found.out
+    )
+
+
+def test_times_of_a_cpu_count_once() -> None:
+    before = [row for row in without_gpu() if row["kind"] == "measured"]
+    after = [{**row, "wall_ms": around(700.0), "device_ms": around(700.0), "host_us": around(7e5)} for row in before]
+    found = regressions.compare(before, after)
+    assert [(change.field, change.verdict) for change in found.regressions] == [("wall_ms", "regression")]

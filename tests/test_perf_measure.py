@@ -253,7 +253,7 @@ def test_every_case_format_and_work_comes_early() -> None:
 def test_no_job_is_begun_that_cannot_end_in_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr(run.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(run, "_measure_one", lambda bench, key, who: iter(()))
+    monkeypatch.setattr(run, "_measure_one", lambda bench, key, who, named: iter(()))
     said: list[str] = []
     done = run.measure_jobs(bench, 45, tell=said.append)
     assert len(done) == 2 and said == ["out of time: the rest from tiny-1000 fp32 clip on was not measured"]

@@ -106,7 +106,7 @@ def test_the_readme_says_how_every_number_is_known() -> None:
         assert all("`python -m perf" in line for line in before), "a command before each table"
         words = ("measured", "Measured", "Predicted", "Counted")
         assert all(any(word in line for word in words) for line in before)
-        assert "![perf/results/plots/roofline.png]" in text
+        assert "![roofline](perf/results/plots/roofline.png)" in text
 
 
 def test_report_and_readme_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

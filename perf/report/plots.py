@@ -46,6 +46,7 @@ NAMED = {
     ("torch.compile of clip + step", "fp32"): "torch.compile",
     ("FlashOptim FlashAdamW", "int8"): "FlashOptim, int8 step",
     ("bitsandbytes AdamW8bit", "int8"): "bitsandbytes 8-bit step, bf16 weights",
+    ("torchao AdamW4bit", "int8"): "torchao 4-bit, bf16 weights",
 }
 """Which of the others have a label, and what it says; all of them have a dot."""
 

@@ -14,21 +14,25 @@ MEASURE, COUNT = "python -m perf --all --minutes 9", "python -m perf --device cp
 MOST = 12
 """Lines of a table of times."""
 
+LEGEND = """\
+{fused} ÷ ours and the like: their time divided by ours; 2 × means that ours takes half, below 1 × ours is slower.
+Formats: {formats} (ours and FlashOptim's keep 8 more bits of each weight, the others nothing). What each contender
+keeps: [perf/REPORT.md](perf/REPORT.md#what-each-keeps)."""
+
 
 def section(rows: Sequence[Row], images: Sequence[str]) -> str:
     """In Markdown. images: addresses of plots."""
     tables = [text for part in (_times, _goals, _code, _host, _cpu) if (text := part(rows))]
-    pictures = " ".join(f"![{address}]({address})" for address in images)
+    pictures = "\n\n".join(f"![{address.rpartition('/')[2].partition('.')[0]}]({address})" for address in images)
     pictures += (
         f"\n\nPlots by `{COUNT}`, and with measured times by `{MEASURE}`; each says which it shows." if images else ""
     )
     formats = "; ".join(f"**{form.name}**: {form.title}" for form in FORMATS.values())
-    formats = (
-        f"Formats: {formats}. What each contender keeps in them: [perf/REPORT.md](perf/REPORT.md#what-each-keeps)."
-    )
+    formats = LEGEND.format(fused=FUSED, formats=formats)
     more = (
-        "How it is measured and predicted: [perf/notes/bench.md](perf/notes/bench.md). Other cases, who is missing: "
-        "[perf/REPORT.md](perf/REPORT.md)."
+        "This section is written by `python -m perf.report perf/results/no-gpu.jsonl --readme`, with files of GPUs "
+        "beside it. How it is measured and predicted: [perf/notes/bench.md](perf/notes/bench.md). Other cases, who is "
+        "missing: [perf/REPORT.md](perf/REPORT.md)."
     )
     return "\n\n".join(["## Speed", formats, *tables, *filter(None, [pictures]), more])
 
@@ -43,7 +47,8 @@ def _times(rows: Sequence[Row]) -> str:
         share = percent(mine.get("share")) if measured else ""
         device, wall = (f"{times(longer(fused, mine, f))}{word}" if fused else "" for f in ("device_ms", "wall_ms"))
         other = f"{times(longer(best, mine))}{word}: {best['contender']}" if best else ""
-        name = (mine["case"], mine["format"], work(mine))
+        part = "" if mine.get("part") in (None, "whole") else f", {mine['part']}"
+        name = (mine["case"] + part, mine["format"], work(mine))
         lines.append((*name, f"{number(mine.get('device_ms'))} ms{word}", share, device, wall, other))
     if not lines:
         return ""
@@ -52,7 +57,16 @@ def _times(rows: Sequence[Row]) -> str:
         again = "python -m perf --case CASE --format FORMAT --work WORK"
         head = f"**Measured on {', '.join(by_place(measured))}**, by `{MEASURE}`; a line again by `{again}`. "
         head += f"{provenance(measured)}."
-    columns = ("case", "format", "work", "fusedopt", "of a copy", f"{FUSED} ÷ ours", "on the wall", "best other ÷ ours")
+    columns = (
+        "case",
+        "format",
+        "work",
+        "fusedopt, device",
+        "of a copy",
+        f"{FUSED} ÷ ours, device",
+        "wall",
+        "best other ÷ ours",
+    )
     return f"{head}\n\n{markdown(columns, lines)}"
 
 
@@ -95,7 +109,10 @@ def _host(rows: Sequence[Row]) -> str:
             for name in dict.fromkeys(line.mine["work"] for line in lines)
             if (own := [line for line in lines if line.mine["work"] == name])
         ]
-        head = f"**Python time of a step: {FUSED} ÷ ours**, measured on {where} with launches stubbed, by `{COUNT}`."
+        head = (
+            f"**Python time of a step: {FUSED} ÷ ours**, measured on {where}, by `{COUNT}`, caches overwritten before "
+        )
+        head += "each step. Our launches are stubbed; torch's kernels run, about 1 µs a tensor."
         if cells:
             parts.append(
                 f"{head} {provenance(here)}.\n\n{markdown(('work', *(f'{n:,} tensors' for n in counts)), cells)}"

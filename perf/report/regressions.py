@@ -18,6 +18,8 @@ from perf.report.shown import OURS, is_number, number, spread
 from perf.results import IDENTITY, Row, latest, read
 
 MARGIN, LOOSE = 1.03, 1.25
+FEW = 20
+"""Lines for what only one of the files has."""
 
 COUNTS = (
     "launches", "bytes", "instructions", "registers", "spills", "stack", "barriers", "held_bytes", "peak_bytes",
@@ -111,6 +113,8 @@ def _differences(a: Row, b: Row) -> Iterator[tuple[Change | None, str]]:
         if is_number(before) and is_number(after):
             yield None if before == after else _change(b, name, _exact(before), _exact(after), worse=after > before), ""
     for name, hardware in TIMES.items():
+        if a["kind"] == "measured" and a.get("device") == "cpu" and name != "wall_ms":
+            continue  # the same number three times
         if spread(a.get(name)) is None or spread(b.get(name)) is None or (name == "gb_s" and a["kind"] != "copy"):
             continue
         there, here = _machine(a, hardware), _machine(b, hardware)
@@ -164,8 +168,10 @@ def show(found: Comparison, a: Path, b: Path, console: Console) -> None:
             table.add_row(change.verdict, change.what, change.field, change.before, change.after, style=style)
         console.print(table)
     for name, only in (("A", found.only_a), ("B", found.only_b)):
-        for line in only:
+        for line in only[:FEW]:
             console.print(f"only in {name}: {line}", soft_wrap=True)
+        if len(only) > FEW:
+            console.print(f"only in {name}: {len(only) - FEW:,} more")
     improvements = sum(change.verdict == "improvement" for change in found.changes)
     console.print(f"{len(found.regressions)} regressions, {improvements} improvements")
 
@@ -184,6 +190,8 @@ def rows_of(path: Path) -> list[Row]:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     if not rows:
         raise ValueError(f"{path} holds no rows of results")
+    if (torn := len(path.read_text().splitlines()) - len(rows)) > 0:
+        print(f"{path}: the last line is torn and left out" if torn == 1 else f"{path}: torn", file=sys.stderr)
     return rows
 
 

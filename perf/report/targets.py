@@ -71,7 +71,8 @@ class Verdict:
         """In words."""
         value = "" if self.value is None else self.target.text(self.value)
         if self.verdict == "unmeasured":
-            return f"unmeasured (predicted: {value})" if value else "unmeasured"
+            below = ", below" if self.value is not None and self.value < self.limit else ""
+            return f"unmeasured (predicted: {value}{below})" if value else "unmeasured"
         return f"{self.verdict}: {value} on {self.where}"
 
 
