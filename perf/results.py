@@ -97,11 +97,15 @@ def identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in IDENTITY)
 
 
+CODE = ("--", ":(top)", ":(top,exclude)perf/results", ":(top,exclude)perf/REPORT.md")
+"""What a run depends on: it begins by deleting what it is going to write."""
+
+
 @cache
 def stamp() -> Row:
     """Machine, versions and commit of this process."""
     commit = os.environ.get("FUSEDOPT_COMMIT") or _git("rev-parse", "--short", "HEAD")  # a copied tree has no git
-    return {"machine": machine(), "commit": commit, "dirty": bool(_git("status", "--short"))}
+    return {"machine": machine(), "commit": commit, "dirty": bool(_git("status", "--short", *CODE))}
 
 
 @cache

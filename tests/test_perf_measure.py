@@ -278,3 +278,14 @@ def test_missing_packages_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_sizes_of_cases_need_no_memory() -> None:
     assert sum(prod(s) for s in cases.CASES["over-int32"].shapes().values()) == 2**31 + 2**15
+
+
+def test_what_a_run_writes_does_not_make_it_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(results, "_git", lambda *arguments: asked.append(arguments))
+    results.stamp.cache_clear()
+    results.stamp()
+    results.stamp.cache_clear()
+    assert any(
+        arguments[:2] == ("status", "--short") and ":(top,exclude)perf/results" in arguments for arguments in asked
+    )
