@@ -23,7 +23,7 @@ from perf.cases import CASES
 from perf.clock import Sample, Times, turns
 from perf.contenders import CONTENDERS, FUSEDOPT, Setup
 from perf.contenders.ours import build
-from perf.results import Writer
+from perf.results import Writer, rounded
 from perf.work import FORMATS, WORKS
 
 SHAPES = ((4,), (2, 2), (), (3,), (1, 4), (1,))
@@ -184,20 +184,16 @@ def fields(case: Case, times: Times, key: str) -> dict[str, Any]:
         AssertionError: a step of ours did something else than its launches and one upload, or allocated.
     """
     found: dict[str, Any] = {"device": "cpu", "format": "fp32", "rounds": len(times.samples[key])}
-    found["host_us"] = {name: _round(1e6 * value) for name, value in times.spread(key, "host").items()}
+    found["host_us"] = {name: rounded(1e6 * value, 4) for name, value in times.spread(key, "host").items()}
     work = key.rpartition(" ")[2]
     if case.optimizer is None:
         ratio = times.ratio(f"{FUSEDOPT.name} {work}", key, "host")
         return {
             **found,
-            "ratio": {name: _round(value) for name, value in ratio.items()},
+            "ratio": {name: rounded(value, 4) for name, value in ratio.items()},
             "allocations": allocations(case),
         }
     check(case.optimizer, LAUNCHES[work], len(times.samples[key]) + WARM)
     made = allocations(case)
     assert made == 0, f"{key}: a step allocates {made} tensors"
     return {**found, "launches": LAUNCHES[work], "allocations": made}
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -11,7 +11,7 @@ from perf import check
 from perf.clock import CallFailed, Clock, CudaClock, HostClock, Times, turns
 from perf.contenders import FUSEDOPT, Contender
 from perf.instances import Instance, Job, build
-from perf.results import Row, Writer
+from perf.results import Row, Writer, in_a_line, rounded
 
 
 class GpuLost(RuntimeError):
@@ -67,14 +67,14 @@ class Bench:
             if self.device == "cuda":
                 torch.cuda.synchronize()
         except Exception as failure:  # torch has a class of its own for it, which older versions lack
-            raise GpuLost(_line(failure)) from failure
+            raise GpuLost(in_a_line(failure)) from failure
 
 
 def _check(contender: Contender, job: Job) -> str | None:
     try:
         error = check.error(contender, job.form, job.work, job.device)
     except Exception as failure:  # whatever another package raises is its result
-        return _line(failure)
+        return in_a_line(failure)
     if not error <= contender.tolerance(job.form):
         return f"wrong result: off by {error:.3g} of the change, {contender.tolerance(job.form):g} allowed"
     return None
@@ -110,11 +110,11 @@ def _batch(bench: Bench, job: Job, contenders: Sequence[Contender], with_ours: b
     try:
         return _timed(bench, job, contenders, with_ours)
     except CallFailed as failure:
-        name, why = str(failure), f"while it was timed: {_line(failure.__cause__ or failure)}"
+        name, why = str(failure), f"while it was timed: {in_a_line(failure.__cause__ or failure)}"
     except GpuLost:
         raise
     except Exception as failure:  # no memory for the copy, …: nobody's fault, and the next batch may do
-        name, why = COPY, f"while the batch was timed: {_line(failure)}"
+        name, why = COPY, f"while the batch was timed: {in_a_line(failure)}"
     finally:
         _forget()
     bench.wait()
@@ -140,7 +140,7 @@ def _built(bench: Bench, job: Job, contender: Contender) -> Instance | None:
     try:
         return build(contender, job, bench.cache_bytes)
     except Exception as failure:  # out of memory, a capture that is refused, …: of this one only
-        bench.red(contender, job, _line(failure))
+        bench.red(contender, job, in_a_line(failure))
     gc.collect()  # what it had made, the next one needs
     bench.wait()
     return None
@@ -163,15 +163,15 @@ def row(job: Job, instance: Instance, times: Times, ceiling: float) -> dict[str,
         "device_ms": _times(device, 1e3), "host_us": _times(times.spread(name, "host"), 1e6),
         "wall_ms": _times(times.spread(name, "wall"), 1e3), "rounds": len(times.samples[name]),
         "launches": instance.launches, "held_bytes": instance.held, "peak_bytes": instance.peak,
-        "ceiling_gb_s": _round(ceiling / 1e9),
+        "ceiling_gb_s": rounded(ceiling / 1e9),
     }  # fmt: skip
     if moved is not None:
         rate = moved[0] * job.fitted.elements / device["median"]
         fields |= {
             "bytes": moved[0],
             "bytes_from": moved[1],
-            "gb_s": _round(rate / 1e9),
-            "share": _round(rate / ceiling),
+            "gb_s": rounded(rate / 1e9),
+            "share": rounded(rate / ceiling),
         }
     if FUSEDOPT.name in times.samples and name != FUSEDOPT.name:
         fields["ratio"] = _times(times.ratio(FUSEDOPT.name, name, "device"), 1)
@@ -196,14 +196,4 @@ class Copy:
 
 
 def _times(values: dict[str, float], unit: float) -> dict[str, float]:
-    return {name: _round(unit * value) for name, value in values.items()}
-
-
-def _round(value: float, digits: int = 5) -> float:
-    """To so many significant digits: more are noise, and fill files."""
-    return float(f"{value:.{digits}g}")
-
-
-def _line(failure: BaseException) -> str:
-    text = " ".join(str(failure).split())
-    return f"{type(failure).__name__}: {text[:200]}"
+    return {name: rounded(unit * value) for name, value in values.items()}

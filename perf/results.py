@@ -67,6 +67,16 @@ class Writer:
         return row
 
 
+def rounded(value: float, digits: int = 5) -> float:
+    """To so many significant digits: more are noise, and fill files."""
+    return float(f"{value:.{digits}g}")
+
+
+def in_a_line(failure: BaseException) -> str:
+    """What went wrong, short enough for a row."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+
+
 def read(path: Path) -> list[Row]:
     """Rows of a file.
 

@@ -3,12 +3,16 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from perf.measure import Bench
 
 
 class Event:
@@ -73,3 +77,19 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator(_cpu(device)))
     with OnCpu():
         yield
+
+
+@contextlib.contextmanager
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> Iterator["Bench"]:
+    """What measures on it, in few rounds; rows say that this GPU made them."""
+    from perf import results
+    from perf.measure import Bench
+
+    with on_cpu(monkeypatch):
+        results.machine.cache_clear()
+        results.stamp.cache_clear()
+        found = Bench.on(results.Writer(tmp_path / "r.jsonl"), "cuda")
+        found.memory, found.rounds = 1e8, rounds
+        yield found
+    results.machine.cache_clear()
+    results.stamp.cache_clear()

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -10,19 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from torch import distributed, nn
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # whatever processes of their own warn about is theirs
 def test_sharded_replicated_and_partial_gradients(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    running = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    assert all("all ranks agree" in text for text in said)
+    two_ranks.agree(__file__, tmp_path)
 
 
 def test_one_process_and_the_compiler(tmp_path: Path) -> None:

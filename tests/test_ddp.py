@@ -4,13 +4,13 @@ Two processes, each running `ranks` below over gloo.
 """
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from torch import distributed, nn
 
 import fusedopt
@@ -29,14 +29,7 @@ CASES: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
 
 @pytest.mark.filterwarnings("ignore:.*")  # whatever processes of their own warn about is theirs
 def test_replicas_are_equal_in_every_bit(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path / "store")]
-    running = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    assert all("all ranks agree" in text for text in said)
+    two_ranks.agree(__file__, tmp_path)
 
 
 def ranks(store: str, rank: int) -> None:

@@ -34,14 +34,8 @@ def bench(tmp_path: Path) -> Bench:
 @pytest.fixture
 def gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """On the imitation of a GPU."""
-    with fake_cuda.on_cpu(monkeypatch):
-        results.machine.cache_clear()
-        results.stamp.cache_clear()
-        found = Bench.on(results.Writer(tmp_path / "r.jsonl"), "cuda")
-        found.memory, found.rounds = 1e8, 4
+    with fake_cuda.bench(tmp_path, monkeypatch, rounds=4) as found:
         yield found
-    results.machine.cache_clear()
-    results.stamp.cache_clear()
 
 
 def job(device: str = "cpu", work: str = "clip", graph: bool = False) -> Job:

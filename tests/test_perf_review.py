@@ -34,14 +34,8 @@ forms = pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """On the imitation of a GPU."""
-    with fake_cuda.on_cpu(monkeypatch):
-        results.machine.cache_clear()
-        results.stamp.cache_clear()
-        found = Bench.on(results.Writer(tmp_path / "r.jsonl"), "cuda")
-        found.memory, found.rounds = 1e8, 3
+    with fake_cuda.bench(tmp_path, monkeypatch, rounds=3) as found:
         yield found
-    results.machine.cache_clear()
-    results.stamp.cache_clear()
 
 
 def job(device: str = "cuda", form: str = "fp32", work: str = "clip") -> Job:

@@ -10,7 +10,7 @@ from perf.predict import hardware
 from perf.predict.launches import NARROW, WIDE, Arguments
 from perf.predict.model import Model, Prediction, predict
 from perf.report.shown import median
-from perf.results import RESULTS, Row, Writer, read
+from perf.results import RESULTS, Row, Writer, read, rounded
 from perf.work import FORMATS, WORKS, Format, Work
 
 KNOWN = RESULTS / "no-gpu.jsonl"
@@ -74,13 +74,13 @@ def takes(contender: Contender, job: Job) -> bool:
 
 def times(found: Prediction, ours: Prediction | None) -> Row:
     """Fields of a row that a measurement has too; ours: beside which it stands."""
-    fields: Row = {"device_ms": _round(1e3 * found.device), "launches": found.launches}
+    fields: Row = {"device_ms": rounded(1e3 * found.device, 4), "launches": found.launches}
     if found.host is not None and found.wall is not None:
-        fields |= {"host_us": _round(1e6 * found.host), "wall_ms": _round(1e3 * found.wall)}
+        fields |= {"host_us": rounded(1e6 * found.host, 4), "wall_ms": rounded(1e3 * found.wall, 4)}
     if ours is not None:
-        fields["ratio"] = _round(ours.device / found.device)
+        fields["ratio"] = rounded(ours.device / found.device, 4)
         if ours.wall is not None and found.wall is not None:
-            fields["ratio_wall"] = _round(ours.wall / found.wall)
+            fields["ratio_wall"] = rounded(ours.wall / found.wall, 4)
     return fields
 
 
@@ -89,8 +89,8 @@ def rates(model: Model, job: Job, moved: tuple[float, str] | None, found: Predic
     assert moved is not None
     rate = moved[0] * job.fitted.elements / found.device
     return {
-        "bytes": moved[0], "bytes_from": moved[1], "gb_s": _round(rate / 1e9),
-        "ceiling_gb_s": _round(model.bandwidth / 1e9), "share": _round(rate / model.bandwidth),
+        "bytes": moved[0], "bytes_from": moved[1], "gb_s": rounded(rate / 1e9, 4),
+        "ceiling_gb_s": rounded(model.bandwidth / 1e9, 4), "share": rounded(rate / model.bandwidth, 4),
     }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def inputs(model: Model, found: Prediction) -> dict[str, Any]:
     return {
         "bandwidth": model.bandwidth, "issue_rate": model.hardware.issue_rate, "arguments": model.arguments.name,
         "instructions": found.instructions,
-        "parts_ms": {name: _round(1e3 * getattr(found, name)) for name in ("sweeps", "gaps", "idle", "joins")},
+        "parts_ms": {name: rounded(1e3 * getattr(found, name), 4) for name in ("sweeps", "gaps", "idle", "joins")},
     }  # fmt: skip
 
 
@@ -132,7 +132,3 @@ def arguments(machine: Row) -> Arguments:
 def _version(text: str | None) -> tuple[int, ...]:
     digits = (text or "0").partition("+")[0].split(".")[:2]
     return tuple(int(part) for part in digits if part.isdigit())
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")

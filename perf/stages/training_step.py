@@ -23,7 +23,7 @@ from perf.clock import Sample, Times, spread, turns
 from perf.contenders import CONTENDERS, FUSEDOPT, Contender, Setup
 from perf.instances import Job, launches
 from perf.measure import Bench
-from perf.results import RESULTS, Row, Writer
+from perf.results import RESULTS, Row, Writer, in_a_line, rounded
 from perf.work import FORMATS, WORKS
 
 STEPS = 3
@@ -215,7 +215,7 @@ def _gather(
         try:
             built.append(_fit(contender, job, size, (chosen,) if chosen else size.batches))
         except Exception as failure:  # of this one only, whatever its package raises
-            bench.red(contender, job, f"training: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
+            bench.red(contender, job, f"training: {in_a_line(failure)}")
     return left, built
 
 
@@ -272,7 +272,7 @@ def _row(writer: Writer, name: str, built: Built, size: Size, times: Times) -> R
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values.items()}
+    return {name: rounded(value) for name, value in values.items()}
 
 
 def line(row: Row) -> str:
