@@ -20,9 +20,9 @@ from .derived import with_group
 from .eager import EagerStep, Scalars
 from .groups import GroupOptions
 from .metrics import Metrics
-from .plan import Segment
 from .ports import Port
 from .rule import Rule
+from .segment import Segment
 from .tables import transforms
 from .values import Program, Tape, Values
 

@@ -18,9 +18,9 @@ from fusedopt_kernels.state import wide
 from .derived import DerivedGroups, check_segments, values, with_group
 from .groups import GroupOptions
 from .numbers import Shared
-from .plan import Segment
 from .rows import programs
 from .rule import Rule
+from .segment import Segment
 from .tables import DeviceTables, Launch
 
 TILE = 4096

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedopt_kernels.numerics import compute_type
 
+from . import shards
 from .formats import weight_format
 from .groups import GroupOptions
 from .options import KEY
@@ -21,7 +22,7 @@ from .state import _initial, fit, held_format, number_tensor, take_residual
 from .upload import capturing
 
 if TYPE_CHECKING:
-    from .plan import Segment
+    from .segment import Segment
     from .stepper import Stepper
 
 EMA, EMA_STEP = "ema", "ema_step"
@@ -42,7 +43,8 @@ def init_ema(optimizer: "Stepper", segment: "Segment") -> None:
     Raises:
         RuntimeError: a loaded average does not fit, or a CUDA graph is being captured and there is none yet.
     """
-    p, state, group = segment.param, optimizer.state[segment.param], optimizer.param_groups[segment.group]
+    p, group = segment.local, optimizer.param_groups[segment.group]
+    state = shards.local_state(optimizer.state[segment.param], segment.param)
     have, count = state.get(EMA), state.get(EMA_STEP)
     if capturing() and not all(isinstance(x, Tensor) and x.device == p.device for x in (have, count)):
         raise RuntimeError(
@@ -65,7 +67,7 @@ def init_ema(optimizer: "Stepper", segment: "Segment") -> None:
     state[EMA_STEP] = segment.ema_step = number_tensor(0.0 if count is None else count, p.device)
 
 
-def _add_numbers(state: dict[str, Any], p: Tensor, rule: Rule, group: dict[str, Any]) -> None:
+def _add_numbers(state: shards.State, p: Tensor, rule: Rule, group: dict[str, Any]) -> None:
     """Step count and scalar slots for torch.optim, which looks for them wherever a parameter has state."""
     if rule.counts_in_state and state.get("step") is None:
         state["step"] = number_tensor(0.0, p.device)
@@ -91,7 +93,7 @@ def _averaged(optimizer: "Stepper") -> list[tuple[int, Tensor]]:
 
 def ema_parameters(optimizer: "Stepper") -> list[Tensor]:
     """See `FusedOptimizer.ema_parameters`."""
-    from .plan import Segment  # plan.py needs this module
+    from .segment import Segment  # segment.py and plan.py need this module
 
     found = []
     with torch.inference_mode(False), torch.no_grad():

@@ -16,8 +16,8 @@ from fusedopt_kernels.param.format import WeightFormat
 from .blocks import Lane, Task, Workers, tasks_of
 from .groups import GroupOptions
 from .numbers import Shared
-from .plan import Segment
 from .ports import Port, weight_port
+from .segment import Segment
 from .tables import DeviceTables, Launch, weight_codec
 from .values import Program, Tape, Values, scalar_type
 

@@ -17,6 +17,7 @@ from .encoded import keys, recognise, values
 from .formats import LOW, is_random
 from .options import FORMAT_VERSION, FORMATS, KEY
 from .rule import Rule
+from .shards import take, taken_back
 from .state import BESIDE, MASK, held_format, number_tensor
 from .streams import STREAMS
 
@@ -38,6 +39,8 @@ def load(optimizer: "Stepper", state_dict: dict[str, Any], load_as_torch: Callab
 
     def hide(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_version(loaded)
+        state = {k: taken_back(v) if isinstance(v, dict) else v for k, v in loaded["state"].items()}
+        loaded = {**loaded, "state": state}
         _check_state(optimizer, loaded)
         groups = [dict(group) for group in loaded["param_groups"]]
         for index, (group, options) in enumerate(zip(groups, live, strict=False)):
@@ -82,7 +85,8 @@ def restore(optimizer: "FusedOptimizer") -> None:
             state = optimizer.state[p] = state.state
             if not isinstance(p, Tensor):  # an entry that belongs to no parameter stays what it is
                 continue
-            state = optimizer.state[p] = _place(state, torch.device("cpu") if optimizer._offload_state else p.device)
+            state = _place(state, torch.device("cpu") if optimizer._offload_state else p.device)
+            state = optimizer.state[p] = {key: take(value, p, key) for key, value in state.items()}
             optimizer._counters.pop(p, None)
             if isinstance(step := state.get("step"), int | float):
                 state["step"] = number_tensor(step, p.device)

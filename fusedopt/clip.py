@@ -22,6 +22,7 @@ from . import clip_tables, layout, shards
 from .clip_parts import Part, coefficient, is_wide
 from .compiled import TAGS
 from .groups import KINDS
+from .ranks import over_ranks
 
 
 def clip_grad_norm_(
@@ -153,7 +154,7 @@ def _norm(shares: Sequence[_Share], kind: int) -> Tensor:
         else:
             sums = clip_tables.part_of(share.measured).sums(share.measured, share.sizes, kind)
         totals.extend(sums.unbind())
-    totals = shards.over_ranks(totals, [ranks for share in shares for ranks in share.ranks], kind)
+    totals = over_ranks(totals, [ranks for share in shares for ranks in share.ranks], kind)
     together = torch.stack([total.to(first.device) for total in totals])
     total = together.amax() if kind == table.NORM_INF.value else together.sum()
     norm = total.sqrt() if kind == table.NORM_TWO.value else total

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import layout
 from .average import EMA
+from .shards import is_dtensor
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -33,6 +34,8 @@ def handle_of(optimizer: "FusedOptimizer") -> int:
 def step(optimizer: "FusedOptimizer") -> None:
     """What the tracer sees of a step."""
     params, grads, states = _tensors(optimizer)
+    if any(map(is_dtensor, params)):
+        raise RuntimeError("step() of DTensor parameters does not work under torch.compile: call it outside the graph")
     _step_op(list(optimizer._written) or params, grads, states, optimizer._handle)
 
 

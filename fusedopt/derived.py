@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .groups import GroupOptions
 from .options import KEY, MATRIX
-from .plan import Segment
 from .rule import Rule
+from .segment import Segment
 
 BEFORE = {
     "clip_grad_norm", "clip_norm_type", "clip_scope", "clip_grad_value", "skip_nonfinite", "skip_norm_above",
@@ -78,6 +78,7 @@ class DerivedSegment(Segment):
 
     def __init__(self, source: Segment, group: int, position: int, direction: Tensor) -> None:
         self.param, self.group, self.position, self.direction = source.param, group, position, direction
+        self.local, self.span, self.ranks, self.mesh = source.local, source.span, source.ranks, source.mesh
         self.weight, self.residual, self.mask = source.weight, source.residual, source.mask
         self.grad_buffer, self.slots, self.numbers = None, [], []
         self.counter, self.counted = source.counter, True

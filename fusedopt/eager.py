@@ -16,9 +16,9 @@ from .conditions import Conditions, StepNumbers
 from .groups import GroupOptions
 from .metrics import Metrics, Report, of_numbers
 from .norm import Blocks, Sums, clip_coefficient, eager_blocks, joined, norm_of, square_sum
-from .plan import Segment
 from .ports import Port, slot_port, weight_port
 from .rule import Rule
+from .segment import Segment
 from .tables import transforms
 from .values import Program, Tape, Values, scalar_type, where_eager
 
@@ -236,7 +236,7 @@ class EagerStep:
         totals = self._by_segment(sums, n_sums)
         result = list(numbers)
         for i in wanted:
-            (e, s), n = numbers[i], self.segments[i].numel
+            (e, s), n = numbers[i], self.segments[i].whole_numel
             number = scalar_type(ports[i][0].compute)
             if self.rule.n_norms:
                 result[i] = e, (*s, *(number(np.sqrt(x)) for x in totals[i]), number(n))

@@ -5,6 +5,7 @@
 row's groups are runs of 64 of its elements, trailing dims flattened, the last one perhaps shorter.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def decode(codes: Tensor, scales: Tensor, form: StateFormat, shape: torch.Size) 
     return values.view(rows, -1)[:, :length].reshape(shape)
 
 
-def recognise(state: dict[str, Any], slot: Slot, shape: torch.Size) -> StateFormat:
+def recognise(state: Mapping[str, Any], slot: Slot, shape: torch.Size) -> StateFormat:
     """The format of a slot's codes and scales.
 
     Raises:
@@ -92,7 +93,7 @@ def recognise(state: dict[str, Any], slot: Slot, shape: torch.Size) -> StateForm
     )
 
 
-def values(state: dict[str, Any], slot: Slot, shape: torch.Size) -> Tensor | None:
+def values(state: Mapping[str, Any], slot: Slot, shape: torch.Size) -> Tensor | None:
     """A slot's numbers as plain floating point, however they are kept; None if there are none."""
     if state.get(slot.name) is not None:
         return state[slot.name]

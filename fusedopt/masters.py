@@ -6,7 +6,6 @@ counter and renews the master where it does not round to the parameter; elsewher
 """
 
 from collections.abc import Iterable, Mapping
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fusedopt_kernels.param.master import MASTER
 
+from . import shards
 from .average import EMA, refuse_swapped
 from .formats import LOW, weight_format
 from .options import KEY
@@ -21,22 +21,26 @@ from .state import BESIDE, MASK, fit, fold_residual, held_format
 from .upload import capturing
 
 if TYPE_CHECKING:
-    from .plan import Segment
+    from .segment import Segment
     from .stateful import Stateful
     from .stepper import Stepper
 
 Key = str | int
 """Name of a parameter, or its number where the optimizer was given no names."""
 
-_version = attrgetter("_version")
+
+def _version(pair: tuple[Tensor, Tensor]) -> int:
+    """Grows with every write to a parameter: what is written to a DTensor may raise its version or its local one's."""
+    return pair[0]._version + pair[1]._version
 
 
 class Watch:
     """The fp32 masters among a plan's segments, and the versions that their parameters had after the last step."""
 
     def __init__(self, optimizer: "Stepper", segments: Iterable["Segment"]) -> None:
-        self._pairs = [(s.param, s.residual) for s in segments if s.weight_format is MASTER and s.residual is not None]
-        self._params = [p for p, _ in self._pairs]
+        kept = [(s, s.residual) for s in segments if s.weight_format is MASTER and s.residual is not None]
+        self._pairs = [(s.local, master) for s, master in kept]
+        self._params = [(s.local, s.param) for s, _ in kept]
         self._versions = [-1] * len(self._pairs)
         if not capturing() and not optimizer._swapped:
             self.renew()
@@ -63,8 +67,10 @@ def current(p: Tensor, master: Tensor) -> Tensor:
     return torch.where(master.to(p.dtype) == p, master, p.to(torch.float32))
 
 
-def held(p: Tensor, state: dict[str, Any]) -> Tensor:
+def held(p: Tensor, state: shards.State) -> Tensor:
     """A new tensor of the values that a parameter holds: fp32 for bf16 and fp16, else of its dtype."""
+    if shards.is_dtensor(p):
+        return shards.spread(held(shards.here(p), shards.local_state(state, p)), p)
     if p.dtype not in LOW:
         fold_residual(p, state)
         return p.detach().clone()
@@ -92,16 +98,17 @@ def load_state_dict(optimizer: "Stateful", values: Mapping[Key, Tensor]) -> None
         optimizer.materialize_state()  # may refuse what the state holds: before anything is written
         for key, group, p in named:
             state = optimizer.state.get(p, {})
-            x = values[key].detach().to(p.device, p.dtype if p.dtype not in LOW else torch.float32, copy=True)
+            x = shards.here(shards.take(values[key].detach(), p, ""))
+            x = x.to(shards.here(p).device, p.dtype if p.dtype not in LOW else torch.float32, copy=True)
             if EMA in state and p not in averaged:  # begun just now
-                state[EMA].copy_(x)
+                shards.here(state[EMA]).copy_(x)
             write(optimizer, p, x, group)
 
 
 def write(optimizer: "Stepper", p: Tensor, x: Tensor, group: Mapping[str, Any]) -> None:
     """Store the values x, which are used up, in a parameter and what its group's format keeps beside it."""
-    form, state = weight_format(p, group.get(KEY, {})), optimizer.state.get(p, {})
-    beside = None
+    form, state = weight_format(p, group.get(KEY, {})), shards.local_state(optimizer.state.get(p, {}), p)
+    whole, p, x, beside = p, shards.here(p), shards.here(x), None
     if form is not None and form.key is not None:
         beside = state.get(form.key) if held_format(p, state) is form else form.initial(p)
     for key in BESIDE:  # of another format: not converted yet
@@ -113,7 +120,7 @@ def write(optimizer: "Stepper", p: Tensor, x: Tensor, group: Mapping[str, Any]) 
     weight = torch.empty_like(p.detach())
     form.store(x, weight, beside, None)
     p.detach().copy_(weight)
-    optimizer.state[p][form.key] = beside  # also of a parameter that gets no gradient
+    shards.local_state(optimizer.state[whole], whole)[form.key] = beside  # also of one that gets no gradient
 
 
 def has_more(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -124,9 +131,9 @@ def has_more(p: Tensor, group: Mapping[str, Any]) -> bool:
 
 def move_towards(optimizer: "Stepper", p: Tensor, end: Tensor, share: float, group: Mapping[str, Any]) -> None:
     """Move the values that a parameter holds a share of the way to ``end``, where its mask lets them."""
-    state = optimizer.state[p]
-    x = held(p, state)
-    moved = torch.lerp(x, end.to(x), share)
+    state = shards.local_state(optimizer.state[p], p)
+    x = shards.here(held(p, optimizer.state[p]))
+    moved = torch.lerp(x, shards.here(end).to(x), share)
     write(optimizer, p, moved if state.get(MASK) is None else torch.where(state[MASK], moved, x), group)
 
 

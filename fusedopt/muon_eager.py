@@ -14,9 +14,9 @@ from .groups import GroupOptions
 from .metrics import Metrics, Report
 from .muon_step import Directions
 from .norm import Sums
-from .plan import Segment
 from .ports import Port
 from .rule import Rule
+from .segment import Segment
 
 
 class MuonEager:

@@ -26,8 +26,8 @@ from .derived import AFTER, BEFORE, DerivedGroups, DerivedSegment, check_segment
 from .groups import GroupOptions
 from .metrics import Report
 from .numbers import Shared
-from .plan import Segment
 from .rule import Rule
+from .segment import Segment
 from .tables import DeviceTables
 
 BATCH = 1 << 27

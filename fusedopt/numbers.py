@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedopt_kernels import launch, table
 
 from .metrics import Metrics
+from .ranks import Reach
 from .upload import DeviceTable, capturing
 
 KEPT = 64
@@ -89,13 +90,14 @@ class NumberTable:
 class Shared:
     """What the parts of a plan share with those of other plans of one optimizer.
 
-    launcher: starts kernels. metrics: what is to be measured. Live hyper-parameter tables outlast plans, for captured
-    steps read them; so do running counts.
+    launcher: starts kernels. metrics: what is to be measured. reach: ranks that sums go over. Live
+    hyper-parameter tables outlast plans, for captured steps read them; so do running counts.
     """
 
     def __init__(self, launcher: launch.Launcher, metrics: Metrics) -> None:
         self.launcher, self.metrics = launcher, metrics
         self.offload: Any = None  # an `Offload`, where state is on the host
+        self.reach = Reach()
         self._hypers: OrderedDict[Hashable, NumberTable] = OrderedDict()
         self.tallies: dict[torch.device, Tensor] = {}
 

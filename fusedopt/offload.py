@@ -16,8 +16,8 @@ from torch import Tensor
 from . import layout
 from .groups import GroupOptions
 from .numbers import Shared
-from .plan import Segment
 from .rule import Rule
+from .segment import Segment
 from .state import MASK, init_state
 from .tables import DeviceTables, Launch
 

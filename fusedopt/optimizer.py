@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from . import checkpoint, compiled, flatten, formats, offload, options, release, source
+from . import checkpoint, compiled, flatten, formats, offload, options, ranks, release, source
 from .arguments import check_backend, check_flags
 from .average import ema_parameters, refuse_swapped, swap_ema
 from .captures import refresh
@@ -42,6 +42,7 @@ class FusedOptimizer(Stateful):
         self._norm_at_backward = source.checked(chosen.get("norm_at_backward", False), amp_scaling)
         self._release_gradients = release.checked(chosen)
         self._offload_state = offload.checked(chosen)
+        self._norm_group = ranks.checked(chosen.get("norm_group"))
         # asked for its flag, a stock GradScaler shows itself; it would rewrite gradients behind the hooks
         self._step_supports_amp_scaling = amp_scaling or bool(self._norm_at_backward) or self._release_gradients
         self._options = options.given(type(self).__name__, chosen)
@@ -227,6 +228,7 @@ class FusedOptimizer(Stateful):
             "_norm_at_backward": self._norm_at_backward,
             "_release_gradients": self._release_gradients,
             "_offload_state": self._offload_state,
+            "_norm_group": self._norm_group,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
         }
 

@@ -49,6 +49,11 @@ class Options(TypedDict, total=False):
     arrives, one is updated and one leaves at a time; the same bits. Default False. Weight averages stay on the GPU. For
     the whole optimizer.
 
+    norm_group: a `torch.distributed.ProcessGroup` (or a DeviceMesh of one dimension) whose other ranks hold other
+    parameters of the same model, as pipeline stages, FSDP1 and ZeRO do: the norm of the gradients and whether to skip
+    are those of all ranks of the group, one more all-reduce of 16 bytes. Default None. DTensors need none for the ranks
+    of their meshes. For the whole optimizer.
+
     clip_grad_norm: largest norm of the gradients after unscaling, float or one-element tensor; default None. Each
     gradient is multiplied by min(1, clip_grad_norm/(norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does, but on
     its way into the update: ``p.grad`` is left as it is. clip_scope: ``"global"`` (default) clips the norm of all the
@@ -105,6 +110,7 @@ class Options(TypedDict, total=False):
     norm_at_backward: bool | Literal["check"]
     release_gradients: bool
     offload_state: bool
+    norm_group: Any
     clip_grad_norm: float | Tensor | None
     clip_norm_type: float
     clip_scope: Literal["global", "tensor"]
@@ -134,7 +140,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 """Options of a group, with the value that changes nothing."""
 
-WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward", "release_gradients", "offload_state")
+WHOLE = ("backend", "metrics", "amp_scaling", "norm_at_backward", "release_gradients", "offload_state", "norm_group")
 """Options of the whole optimizer."""
 
 

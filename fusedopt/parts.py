@@ -1,8 +1,10 @@
 """The parts of a step: segments of one device, rule and kind of gradient, each with its own tables or eager twins."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ from .derived import without_average
 from .eager import EagerStep
 from .numbers import Shared
 from .offload import OffloadTables, warn_on_host
-from .plan import Segment
 from .rule import Rule
+from .segment import Segment
+from .shard_step import ShardEager, ShardTables
 from .sparse import EagerRows, SparseTables
 from .tables import DeviceTables
 from .upload import capturing, reserve
@@ -37,6 +40,7 @@ class Parts:
         self.eager: list[Any] = []
         self.averages: list[Any] = []
         self._given: Any = None
+        self._found: Tensor | None = None  # whether a scaler on any rank found inf, at an address that stays
         self._reserved = False  # pinned memory for a capture of this step
         self._conditions = Conditions(())
         self._make(plan)
@@ -57,22 +61,21 @@ class Parts:
                 members.setdefault((s.weight.device, plan.groups[s.group].rule, is_sparse), []).append(s)
         for (device, rule, is_sparse), own in members.items():
             kernels = runs_kernels(device, self.backend, self.shared.launcher)
+            if self.shared.reach.shared_out and (is_sparse or rule.kernel_part is not None):
+                what = "sparse gradients" if is_sparse else rule.name
+                raise NotImplementedError(f"{what} beside DTensor parameters: give each an optimizer of its own")
             ordinary = not is_sparse and rule.kernel_part is None
             if not (ordinary and kernels) and (averaged := [s for s in own if s.ema is not None]):
                 apart.setdefault(device, []).extend(averaged)
                 own = [without_average(s) for s in own]
             self.shared.metrics.check(rule, is_sparse)
             if kernels:
-                kind = (
-                    SparseTables
-                    if is_sparse
-                    else rule.kernel_part or (OffloadTables if self.shared.offload else DeviceTables)
-                )
+                kind = SparseTables if is_sparse else rule.kernel_part or self._dense
                 made = kind(rule, own, plan.groups, self.shared)
             else:
                 if self.shared.offload is not None:
                     warn_on_host()
-                step = EagerRows if is_sparse else rule.eager_part or EagerStep
+                step = EagerRows if is_sparse else rule.eager_part or self._dense_eager
                 made = step(rule, own, plan.groups, self.shared.metrics)
             (self.tables if kernels else self.eager).extend(made if isinstance(made, list) else [made])
         for s in plan.idle:
@@ -82,6 +85,18 @@ class Parts:
                 self.averages.append(AverageTables(own, plan.groups, self.shared))
             else:
                 self.averages.append(EagerAverages(own, plan.groups))
+
+    @property
+    def _dense(self) -> Any:
+        """What runs the kernels of an element-wise rule."""
+        if self.shared.reach.shared_out:
+            return ShardTables
+        return OffloadTables if self.shared.offload else DeviceTables
+
+    @property
+    def _dense_eager(self) -> Any:
+        """What runs its twins."""
+        return partial(ShardEager, reach=self.shared.reach) if self.shared.reach.shared_out else EagerStep
 
     @property
     def _kernels(self) -> list[Any]:
@@ -103,7 +118,11 @@ class Parts:
         """One step of all parts; given: the step's conditions, by column."""
         for tables in self.tables:
             tables.set_gradients(plan.grad_addresses)
+        if self.shared.reach.joins and table.FOUND_INF.value in given:
+            given = {**given, table.FOUND_INF.value: self._found_anywhere(given[table.FOUND_INF.value])}
         conditions = self._conditions_of(given)
+        if self.shared.reach.shared_out:
+            self._sum_by_tensor(plan, conditions)
         if conditions.norm_mode == table.SUMMED_NORM.value:
             self._sum_norms(plan, conditions)
         for tables in self.tables:
@@ -141,9 +160,7 @@ class Parts:
         on_host = any(isinstance(x, Tensor) and x.is_cpu for x in given.values())  # may have changed in place
         if key != self._given or on_host:
             metrics = self.shared.metrics
-            conditions = Conditions(
-                self.groups, given, len(self.tables) + len(self.eager) > 1, (metrics.norm, metrics.single)
-            )
+            conditions = Conditions(self.groups, given, self._is_joined, (metrics.norm, metrics.single))
             if table.TOTAL_NORM.value in given and not conditions.uses_total:
                 raise ValueError(
                     "step(total_norm=…) needs clip_grad_norm with clip_scope='global', skip_nonfinite or "
@@ -152,17 +169,48 @@ class Parts:
             self._given, self._conditions = key, conditions
         return self._conditions
 
+    @property
+    def _is_joined(self) -> bool:
+        """Whether the norm of all gradients is put together from several sums."""
+        reach, parts = self.shared.reach, (*self.tables, *self.eager)
+        across = reach.shared_out and not all(part.by_tensor for part in parts)
+        return across or reach.norm_group is not None or len(parts) > 1
+
+    def _sum_by_tensor(self, plan: "Plan", conditions: Conditions) -> None:
+        """Sums of single gradients over their ranks, in parts that need them."""
+        for part in (part for part in (*self.tables, *self.eager) if part.by_tensor):
+            use = conditions.use(part.rule, any(self.groups[s.group].clips_alone for s in part.segments))
+            if use.mode != table.NO_NORM.value and (use.mode != table.GIVEN_NORM.value or use.own):
+                with np.errstate(all="ignore"):
+                    part.sum_by_tensor(plan.grads, use.kind)
+
     def _sum_norms(self, plan: "Plan", conditions: Conditions) -> None:
-        """Sums of all parts' gradients, to every device that needs them."""
-        sums = [tables.totals(conditions.kind) for tables in self.tables]
+        """Sums of all parts' gradients, on all ranks, to every device that needs them."""
+        kind, reach = conditions.kind, self.shared.reach
+        sums = [tables.totals(kind) for tables in self.tables]
         for part in self.eager:
-            own = part.totals(plan.grads, conditions.kind)
+            own = part.totals(plan.grads, kind)
             sums.append(torch.tensor([own.total, own.bad], dtype=torch.float64, device=HOST))
-        devices = {part.device for part in self.tables} | ({HOST} if self.eager else set())
+        devices = list(dict.fromkeys([part.device for part in self.tables] + [HOST] * bool(self.eager or not sums)))
+        if reach.joins:
+            joined = [getattr(part, "by_tensor", False) for part in (*self.tables, *self.eager)]
+            total = _together([x for x, done in zip(sums, joined, strict=True) if not done], devices[0], kind)
+            if not all(joined):
+                reach.join(total, kind)
+            total = _together([total, *(x for x, done in zip(sums, joined, strict=True) if done)], devices[0], kind)
+            reach.join_groups(total, kind)
+            sums = [total]
         for device in devices:
-            all_of = torch.stack([x.to(device) for x in sums])
-            largest = conditions.kind == table.NORM_INF.value
-            conditions.take_totals(device, all_of.amax(0) if largest else all_of.sum(0))
+            conditions.take_totals(device, _together(sums, device, kind))
+
+    def _found_anywhere(self, found: Any) -> Tensor:
+        """Whether a gradient on any rank is not finite, given whether one here is."""
+        device = found.device if isinstance(found, Tensor) else HOST
+        flag = torch.as_tensor(found, device=device).detach().reshape(1).double()
+        self.shared.reach.join_flag(flag)
+        if self._found is None or self._found.device != device:
+            self._found = torch.zeros((), dtype=torch.float32, device=device)
+        return self._found.copy_(flag[0])
 
     def _skipped(self, device: torch.device, conditions: Conditions) -> Tensor:
         """Whether the step was skipped: 1.0 or 0.0, one element on a device."""
@@ -174,6 +222,16 @@ class Parts:
             return torch.tensor([float(self.eager[0].skipped)], dtype=torch.float64, device=device)
         found = conditions.numbers[table.FOUND_INF.value] if conditions.scaled else 0.0
         return (torch.as_tensor(found, device=device).reshape(1) != 0).double()
+
+
+def _together(sums: Sequence[Tensor], device: torch.device, kind: int) -> Tensor:
+    """(sum of squares or as ``kind`` says, whether an element is not finite) of several parts."""
+    if not sums:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    if len(sums) == 1:
+        return sums[0].to(device)
+    all_of = torch.stack([x.to(device) for x in sums])
+    return all_of.amax(0) if kind == table.NORM_INF.value else all_of.sum(0)
 
 
 def runs_kernels(device: torch.device, backend: str, launcher: launch.Launcher) -> bool:

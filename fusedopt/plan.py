@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from fusedopt_kernels import table
-from fusedopt_kernels.param.format import WeightFormat
-from fusedopt_kernels.state.format import StateFormat
 
-from . import layout, streams
+from . import layout, shards, streams
 from .average import init_ema, is_averaged
-from .formats import REAL, needs_order, rounds_at_random, weight_format
+from .formats import REAL, rounds_at_random, weight_format
 from .groups import GroupOptions
 from .guard import guard_of
 from .masters import Watch
+from .pieces import check_pieces
+from .segment import Segment, in_order
 from .state import drop_counters
 from .streams import key_of
 from .support import check_distinct, check_supported
@@ -31,56 +31,10 @@ if TYPE_CHECKING:
     from .stepper import Stepper
 
 _grad = attrgetter("grad")
+_local = attrgetter("_local_tensor")
+_spec = attrgetter("_spec")
 _address = torch._C.TensorBase.data_ptr
 _params = itemgetter("params")
-
-
-class Segment:
-    """One parameter of the step: where its numbers are and how they are laid out.
-
-    weight: the parameter, or its packed copy when it has gaps or, ``in_order``, is not contiguous. grad_buffer: where
-    a gradient of another layout is copied to, or None. slots: state tensors in the rule's order, codes where a slot is
-    quantised; scales, formats: what belongs to those, else None. weight_format: None for a plain weight; residual: what
-    it keeps beside the weight. keys: of the random streams that round the weight and each slot, None where nothing
-    does. rows: numbers of the parameter's rows that these are, None for all. numbers: its scalar slots, 0-dim. counter:
-    0-dim step count, or None; counted: another part of the step counts in it. mask: a byte per stored number, 0 where
-    it may not change; or None. ema, ema_step: running average of the weight and its 0-dim count of steps, or None.
-    """
-
-    __slots__ = (
-        "counted", "counter", "ema", "ema_step", "formats", "grad_buffer", "group", "keys", "mask", "numbers", "param",
-        "position", "residual", "rows", "scales", "slots", "weight", "weight_format",
-    )  # fmt: skip
-
-    def __init__(self, param: Tensor, group: int, position: int, in_order: bool = False) -> None:
-        self.param, self.group, self.position = param, group, position
-        fits = param.is_contiguous() if in_order else layout.is_dense(param)
-        self.weight = param if fits else _packed(param, in_order)
-        self.grad_buffer: Tensor | None = None
-        self.slots: list[Tensor] = []
-        self.scales: list[Tensor | None] = []
-        self.formats: list[StateFormat | None] = []
-        self.weight_format: WeightFormat | None = None
-        self.keys: tuple[int | None, ...] = ()
-        self.rows: Tensor | None = None
-        self.counted = False
-        self.numbers: list[Tensor] = []
-        self.mask: Tensor | None = None
-        self.residual: Tensor | None = None
-        self.counter: Tensor | None = None
-        self.ema: Tensor | None = None
-        self.ema_step: Tensor | None = None
-
-    @property
-    def grad_dtype(self) -> torch.dtype:
-        """Dtype of the gradient."""
-        assert self.param.grad is not None
-        return self.param.grad.dtype
-
-    @property
-    def numel(self) -> int:
-        """Stored real numbers."""
-        return self.weight.numel() * (2 if self.weight.is_complex() else 1)
 
 
 class Plan:
@@ -91,6 +45,7 @@ class Plan:
         streams.assign(optimizer)
         self.groups = [GroupOptions(optimizer.rule_of(group), group) for group in groups]
         self.lists = [list(group["params"]) for group in groups]
+        check_pieces(optimizer, self.groups, self.lists)
         self.segments: list[Segment] = []
         self.sparse: list[Segment] = []
         self.idle: list[Segment] = []
@@ -117,10 +72,12 @@ class Plan:
         self.masters = Watch(optimizer, (*self.segments, *self.sparse, *self.idle))
         self.params = [s.param for s in self.segments]
         self.updated = [*self.params, *(s.param for s in self.sparse)]
-        check_distinct(self.updated, list(map(_address, self.updated)))
         self.resting = [s.param for s in self.idle]
         self.placed = [*self.updated, *self.resting]
-        self.addresses = list(map(_address, self.placed))
+        self.spread = [i for i, p in enumerate(self.placed) if shards.is_dtensor(p)]
+        placed = self._here(self.placed)
+        check_distinct(placed[: len(self.updated)], list(map(_address, placed[: len(self.updated)])))
+        self.addresses = list(map(_address, placed))
         self.states = _state_values(optimizer)
         # `state.data = …` keeps the object; who moves state so moves all of it, and an address costs 0.2 µs cold
         moved = [s.slots[0] if s.slots else s.ema for s in (*self.segments, *self.sparse, *self.idle)]
@@ -136,15 +93,41 @@ class Plan:
                 "summed up apart: use 2.0, or fusedopt.clip_grad_norm_ before the step"
             )
 
+    def _here(self, tensors: list[Any]) -> list[Any]:
+        """The same, local ones in place of DTensors."""
+        if not self.spread:
+            return tensors
+        local = list(tensors)
+        for i in self.spread:
+            local[i] = _local(tensors[i])
+        return local
+
+    def _gradients(self, grads: list[Any]) -> list[Any]:
+        """What of each gradient lies here; DTensors are placed as their parameters."""
+        if not self.spread:
+            return grads
+        local = list(grads)
+        for i in self.spread:
+            if i < len(local):
+                t = _local(grads[i])
+                as_it_is = i not in self.moved and type(t) is Tensor
+                local[i] = t if as_it_is else shards.gradient(self.params[i], grads[i])
+        return local
+
     def _watch_gradients(self) -> None:
-        grads: list[Any] = [s.param.grad for s in self.segments]
-        self.guard = guard_of([*self.params, *self.resting, *grads])
+        whole: list[Any] = [s.param.grad for s in self.segments]
+        few = [i for i in self.spread if i < len(whole)]
+        self.specs = [_spec(whole[i]) for i in few]
+        self.moved = {i for i in few if whole[i].placements != self.params[i].placements}  # pyright: ignore[reportAttributeAccessIssue] # a DTensor's
+        grads = self._gradients(whole)
+        weights = self._here(self.placed)
+        self.guard = guard_of([*weights[: len(grads)], *weights[len(self.updated) :], *grads])
         for segment, grad in zip(self.segments, grads, strict=True):
             if not layout.same_layout(grad, segment.weight):
                 segment.grad_buffer = _grad_buffer(segment, grad)
         self.relaid = [s for s in self.segments if s.grad_buffer is not None]
         self.resolvable = [s for s, g in zip(self.segments, grads, strict=True) if layout.needs_resolving(g)]
-        self.packed = [s for s in self.segments if s.weight is not s.param]
+        self.packed = [s for s in self.segments if s.weight is not s.local]
         self.set_gradients(grads)
 
     def set_gradients(self, grads: list[Tensor]) -> None:
@@ -176,14 +159,18 @@ class Plan:
                 return False
         if any(g is not None for g in map(_grad, self.without_grad)):
             return False
-        params = self.params
-        grads = list(map(_grad, params))
+        grads = list(map(_grad, self.params))
+        placed = self.placed
         try:
-            if not self.guard.check(*params, *self.resting, *grads):
+            if self.spread:
+                if [_spec(grads[i]) for i in self.spread if i < len(grads)] != self.specs:
+                    return False
+                placed, grads = self._here(placed), self._gradients(grads)
+            if not self.guard.check(*placed[: len(grads)], *placed[len(self.updated) :], *grads):
                 return False
-        except TypeError:  # a gradient went away
+        except (AttributeError, TypeError):  # a gradient went away
             return False
-        if list(map(_address, self.placed)) != self.addresses:
+        if list(map(_address, placed)) != self.addresses:
             return False
         if not all(_still_sparse(s) for s in self.sparse):
             return False
@@ -210,13 +197,13 @@ class Plan:
 
     def pack(self) -> None:
         """Copy parameters with gaps into their dense buffers."""
-        for segment in (*self.packed, *(s for s in self.idle if s.weight is not s.param)):
-            segment.weight.copy_(segment.param.detach())
+        for segment in (*self.packed, *(s for s in self.idle if s.weight is not s.local)):
+            segment.weight.copy_(segment.local.detach())
 
     def unpack(self) -> None:
         """Copy the buffers back and tell autograd that every parameter changed."""
         for segment in self.packed:
-            segment.param.detach().copy_(segment.weight)
+            segment.local.detach().copy_(segment.weight)
         torch.autograd.graph.increment_version(self.updated)
         self.masters.see()
 
@@ -225,13 +212,6 @@ def _still_sparse(s: Segment) -> bool:
     """The gradient is one that the plan was checked with (`check_supported`)."""
     grad = s.param.grad
     return grad is not None and grad.layout == torch.sparse_coo and (grad.sparse_dim() == 1 or not any(s.formats))
-
-
-def in_order(p: Tensor, options: GroupOptions) -> bool:
-    """Whether elements must lie in the order of their indices: matrix rules see rows and columns, groups are runs in a
-    row, random numbers go by the index.
-    """
-    return options.rule.kernel_part is not None or needs_order(p, options.options, options.rule)
 
 
 def _keys(p: Tensor, options: GroupOptions, place: int) -> tuple[int | None, ...]:
@@ -250,21 +230,6 @@ def _state_values(optimizer: "Stepper") -> list[Any]:
         return [v for s in optimizer.state.values() for v in (s.values() if isinstance(s, dict) else (s,))]
 
 
-def _packed(param: Tensor, in_order: bool) -> Tensor:
-    if layout.overlaps_itself(param):
-        raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has elements that share "
-            "memory (an expanded tensor); make it a tensor of its own with .clone() before optimising it"
-        )
-    layout.warn_once(
-        "packed",
-        "a parameter with gaps between its elements (for a matrix rule, quantised state and stochastic rounding: one "
-        "that is not contiguous) is packed and unpacked at every step; make it contiguous to save two copies",
-    )
-    memory_format = torch.contiguous_format if in_order else torch.preserve_format
-    return torch.empty_like(param.detach(), memory_format=memory_format)
-
-
 def _fits(grad: Tensor, weight: Tensor) -> bool:
     """Whether the gradient's memory can be walked as it is."""
     return layout.same_layout(grad, weight) and not layout.needs_resolving(grad)
@@ -276,7 +241,7 @@ def _like(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _grad_buffer(segment: Segment, grad: Tensor) -> Tensor:
-    if segment.weight is segment.param:
+    if segment.weight is segment.local:
         layout.warn_once(
             "relaid",
             f"a gradient with strides {grad.stride()} is copied at every step into its parameter's layout "

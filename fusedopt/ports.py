@@ -20,28 +20,32 @@ from .encoded import row_of
 from .formats import LOW
 
 if TYPE_CHECKING:
-    from .plan import Segment
+    from .segment import Segment
 
 
 class Noise:
-    """The random bits that round a tensor. rows: numbers of the parameter's rows that it holds, None: all."""
+    """The random bits that round a tensor, which go by the index in the whole parameter."""
 
-    def __init__(self, key: int, weight: Tensor, rows: Tensor | None) -> None:
-        self.key, self.device, self.step = key, weight.device, 0
-        self.length = weight.shape[1:].numel() if weight.dim() else 1
-        self.rows = None if rows is None else rows.cpu().numpy()
+    def __init__(self, key: int, s: "Segment") -> None:
+        self.key, self.device, self.step = key, s.weight.device, 0
+        length = s.weight.shape[1:].numel() if s.weight.dim() else 1
+        self.length, self.stride, self.offset = s.span or (length, length, 0)
+        self.rows = None if s.rows is None else s.rows.cpu().numpy()
 
     def bits(self, low: int, high: int) -> Tensor:
         """Of elements low … high: int32 below 2¹⁶."""
-        if self.rows is None:
-            bits = random16_range(self.key, low, high - low, self.step)
+        if self.rows is None and self.length == self.stride:
+            bits = random16_range(self.key, self.offset + low, high - low, self.step)
         else:
             bits = random16_eager(self.key, self._index(low, high), self.step).astype(np.int32)
         return torch.from_numpy(bits).to(self.device)
 
     def _index(self, low: int, high: int) -> np.ndarray:
         local = np.arange(low, high)
-        return local if self.rows is None else self.rows[local // self.length] * self.length + local % self.length
+        if self.rows is None and self.length == self.stride:
+            return local + self.offset
+        row = local // self.length
+        return (row if self.rows is None else self.rows[row]) * self.stride + local % self.length + self.offset
 
 
 class Dither(Noise):
@@ -168,11 +172,11 @@ def slot_port(s: "Segment", i: int) -> Port:
     if form is None or scales is None:
         return Port(s.slots[i], compute_type(s.weight.dtype), noise)
     if noise is None and form.dithered:
-        noise = Dither(0, s.weight, s.rows)
+        noise = Dither(0, s)
     return CodedPort(s.slots[i], scales, form, s.weight, noise)
 
 
 def _noise(s: "Segment", i: int) -> Noise | None:
     """What rounds the weight (0) or slot number i − 1."""
     key = s.keys[i] if i < len(s.keys) else None
-    return None if key is None else Noise(key, s.weight, s.rows)
+    return None if key is None else Noise(key, s)

@@ -17,8 +17,8 @@ from .conditions import Conditions
 from .groups import GroupOptions
 from .metrics import Report
 from .numbers import NumberTable, Shared, tagged_address
-from .plan import Segment
 from .rule import Rule
+from .segment import Segment
 from .upload import DeviceTable
 
 
@@ -78,13 +78,16 @@ class Rows:
         for row, s in zip(rows, self.segments, strict=True):
             n, length = s.numel, _row_length(s.weight)
             programs = -(-(n // length * filled(length) if is_ragged(s) else n) // table.CHUNK)
+            blocks = self._norm_blocks(s)
+            length, stride, offset = s.span or (length, length, 0)
             row[table.PARAM.value], row[table.NUMEL.value], row[table.GROUP.value] = s.weight.data_ptr(), n, 1 + s.group
             row[table.STEP.value] = 0 if s.counter is None else s.counter.data_ptr()
             row[table.RESIDUAL.value] = 0 if s.residual is None else s.residual.data_ptr()
-            row[table.ROW_LENGTH.value] = row[table.GLOBAL_STRIDE.value] = length
+            row[table.ROW_LENGTH.value], row[table.GLOBAL_STRIDE.value] = length, stride
+            row[table.GLOBAL_OFFSET.value], row[table.WHOLE_NUMEL.value] = offset, s.whole_numel
             row[table.WEIGHT_KEY.value], *keys = (key or 0 for key in s.keys or (0,))
             row[table.KEYS.value : table.KEYS.value + len(keys)] = keys
-            row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, -(-n // table.NORM_CHUNK)
+            row[table.NORM_START.value], row[table.NORM_COUNT.value] = partials, blocks
             row[table.MEASURE_START.value], row[table.MEASURE_COUNT.value] = chunks, programs
             row[table.MASK.value] = 0 if s.mask is None else s.mask.data_ptr()
             if s.ema is not None and s.ema_step is not None:
@@ -94,13 +97,17 @@ class Rows:
                 row[table.SLOTS.value + 2 * j + 1] = 0 if scale is None else scale.data_ptr()
             for j, number in enumerate(s.numbers):
                 row[table.LAST.value - j] = tagged_address(number)
-            partials += -(-n // table.NORM_CHUNK)
+            partials += blocks
             chunks += programs
         self.n_chunks, self.n_partials = chunks, partials
         if self.change is not None:
             self.change = torch.full((max(1, chunks), 2), torch.nan, dtype=torch.float64, device=self.device)
             first = rows[:, table.MEASURE_START.value]
             rows[:, table.CHANGE.value] = self.change.data_ptr() + 2 * self.change.itemsize * first
+
+    def _norm_blocks(self, s: Segment) -> int:
+        """Partials of a gradient's norm."""
+        return -(-s.numel // table.NORM_CHUNK)
 
     def _fill_header(self) -> None:
         self.counts = self._constant(segment_counts(self.rows.array[:, table.NORM_COUNT.value]))
@@ -159,12 +166,7 @@ class Rows:
         """What the last step measured."""
         scalars = self.scalars.view(-1, table.SCALAR_WIDTH.value).clone()
         with_norm = self._conditions is not None and self._conditions.norm_mode != table.NO_NORM.value
-        change = None
-        if self.change is not None:
-            counts = self.rows.tensor[:, table.MEASURE_COUNT.value]
-            change = torch.segment_reduce(  # unsafe: its checks would wait for the device
-                self.change[: self.n_chunks], "sum", lengths=counts, axis=0, initial=0.0, unsafe=True
-            )
+        change = None if self.change is None else self._by_segment(self.change[: self.n_chunks])
         return Report(
             [s.param for s in self.segments],
             self.header[table.NORM.value].clone() if with_norm else None,
@@ -173,6 +175,12 @@ class Rows:
             scalars[:, table.CLIP.value] if with_norm else None,
             change,
         )
+
+    def _by_segment(self, chunks: Tensor, counts: int = table.MEASURE_COUNT.value) -> Tensor:
+        """Sums over the chunks of each segment, along dim 0; counts: column of their number."""
+        lengths = self.rows.tensor[:, counts]
+        # unsafe: its checks would wait for the device
+        return torch.segment_reduce(chunks, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
 
     def count_steps(self, tally: Tensor) -> None:
         """Keep running counts there."""

@@ -23,9 +23,9 @@ from .eager import EagerStep
 from .groups import GroupOptions
 from .metrics import Metrics, Report
 from .norm import Sums
-from .plan import Segment
 from .rows import filled, segment_counts
 from .rule import Rule, switched_on
+from .segment import Segment
 from .tables import DeviceTables, Launch
 
 

@@ -16,15 +16,16 @@ from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
 from fusedopt_kernels.param.format import WeightFormat
 from fusedopt_kernels.state.format import StateFormat
 
-from . import layout
+from . import layout, shards
 from .encoded import encode, keys, recognise, values, zeros
 from .formats import LOW, REAL, WEIGHTS, rounds_at_random, slot_storage, weight_format
 from .rule import Slot
+from .shards import State
 from .upload import capturing
 
 if TYPE_CHECKING:
     from .groups import GroupOptions
-    from .plan import Segment
+    from .segment import Segment
     from .stepper import Stepper
 
 MASK = "update_mask"
@@ -36,12 +37,13 @@ BESIDE = ("param_residual", "master_param")
 
 def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions") -> None:
     """Create what is missing of a segment's state, convert what is in another format, hand the segment its tensors."""
-    p, rule, chosen = segment.param, options.rule, options.options
+    p, rule, chosen = segment.local, options.rule, options.options
     segment.weight_format = weight_format(p, chosen)
     counts = rule.counts_in_state or _draws(segment, options)
     beside = None if segment.weight_format is None else segment.weight_format.key
-    has_state = isinstance(optimizer.state.get(p), dict)
-    state = optimizer.state[p] if has_state or options.slots or counts or beside else {}
+    has_state = isinstance(optimizer.state.get(segment.param), dict)
+    own = optimizer.state[segment.param] if has_state or options.slots or counts or beside else {}
+    state = shards.local_state(own, segment.param)
     if capturing():
         _check_ready(optimizer, segment, state, options, counts)
     fresh = all(state.get(slot.name) is None and state.get(keys(slot.name)[0]) is None for slot in options.slots)
@@ -51,7 +53,7 @@ def init_state(optimizer: "Stepper", segment: "Segment", options: "GroupOptions"
         state["step"] = number_tensor(state.get("step", start), p.device)
         segment.counter = state["step"]
     elif options.slots:
-        segment.counter = _hidden_counter(optimizer, p, fresh)
+        segment.counter = _hidden_counter(optimizer, segment.param, fresh)
     for slot in options.slots:
         if (like := _like(slot, segment)) is not None:
             _take_slot(slot, like, segment, state, options)
@@ -76,9 +78,9 @@ def _draws(segment: "Segment", options: "GroupOptions") -> bool:
     return state or dithered or rounds_at_random(segment.weight_format, chosen)
 
 
-def _take_slot(slot: Slot, like: Tensor, segment: "Segment", state: dict[str, Any], options: "GroupOptions") -> None:
+def _take_slot(slot: Slot, like: Tensor, segment: "Segment", state: State, options: "GroupOptions") -> None:
     """Values, scales and format of a slot, in the state and in the segment; another format's are converted."""
-    p, storage, coded = segment.param, slot_storage(slot, segment.param, options.options), keys(slot.name)
+    p, storage, coded = segment.local, slot_storage(slot, segment.param, options.options), keys(slot.name)
     if isinstance(storage, StateFormat):
         if not _is_kept_in(state, slot, p, storage):
             have = values(state, slot, p.shape)
@@ -109,7 +111,7 @@ def _take_slot(slot: Slot, like: Tensor, segment: "Segment", state: dict[str, An
     segment.formats.append(None)
 
 
-def _is_kept_in(state: dict[str, Any], slot: Slot, p: Tensor, storage: StateFormat) -> bool:
+def _is_kept_in(state: State, slot: Slot, p: Tensor, storage: StateFormat) -> bool:
     """Whether a slot is there, in this format; plain values beside codes are newer than they."""
     if state.get(slot.name) is not None or state.get(keys(slot.name)[0]) is None:
         return False
@@ -121,16 +123,17 @@ def _is_cast(slot: Slot, p: Tensor, dtype: torch.dtype, options: "GroupOptions")
     asked = options.options.get("state_dtype")
     if asked is not None and (slot.name in asked if isinstance(asked, Mapping) else slot.kind != "weight"):
         return True
-    return p.dtype in LOW and dtype in LOW and slot_storage(slot, p, options.options) == torch.float32
+    low = p.dtype in LOW and dtype in LOW
+    return low and slot_storage(slot, p, options.options) == torch.float32  # no wide one depends on the shape
 
 
-def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
+def take_residual(segment: "Segment", state: State) -> None:
     """What the weight's format keeps beside the weight, in the state and in the segment; other formats' is converted.
 
     Raises:
         RuntimeError: it is in no known format.
     """
-    form, p = segment.weight_format, segment.param
+    form, p = segment.weight_format, segment.local
     if p.dtype not in LOW:
         fold_residual(p, state)
     found = held_format(p, state)
@@ -150,7 +153,7 @@ def take_residual(segment: "Segment", state: dict[str, Any]) -> None:
     state[form.key] = segment.residual = fit(form.key, made, segment.weight, (form.dtype_beside(p),))
 
 
-def fold_residual(p: Tensor, state: dict[str, Any]) -> None:
+def fold_residual(p: Tensor, state: State) -> None:
     """Give a parameter that is of a wide dtype now what lay beside it when it was bf16 or fp16.
 
     Numbers that something else wrote since, which the narrow dtype does not hold, are left as they are.
@@ -171,7 +174,7 @@ def fold_residual(p: Tensor, state: dict[str, Any]) -> None:
         p.detach().copy_(torch.where(same, x.to(p.dtype), p.detach()))
 
 
-def held_format(p: Tensor, state: dict[str, Any]) -> WeightFormat | None:
+def held_format(p: Tensor, state: State) -> WeightFormat | None:
     """The format of a low-precision parameter that its state is of; None: plain or rounded stochastically.
 
     Raises:
@@ -198,15 +201,13 @@ def _holds(form: WeightFormat, dtype: torch.dtype) -> bool:
     return True
 
 
-def _check_ready(
-    optimizer: "Stepper", segment: "Segment", state: dict[str, Any], options: "GroupOptions", counts: bool
-) -> None:
+def _check_ready(optimizer: "Stepper", segment: "Segment", state: State, options: "GroupOptions", counts: bool) -> None:
     """State cannot be made or moved inside a CUDA graph: every replay would do it again."""
-    p, rule, form = segment.param, options.rule, segment.weight_format
+    p, rule, form = segment.local, options.rule, segment.weight_format
     needed = [state.get(slot.name) for slot in rule.scalar_slots]
     for slot in options.slots:
         if slot.shape is None or slot.shape(p) is not None:
-            storage = slot_storage(slot, p, options.options)
+            storage = slot_storage(slot, segment.param, options.options)
             if isinstance(storage, StateFormat):
                 ready = _is_kept_in(state, slot, p, storage)
                 needed.extend(state.get(key) if ready else None for key in keys(slot.name))
@@ -216,7 +217,7 @@ def _check_ready(
     if counts:
         needed.append(state.get("step"))
     elif options.slots:
-        needed.append(optimizer._counters.get(p))
+        needed.append(optimizer._counters.get(segment.param))
     if form is not None and form.key is not None:
         needed.append(state.get(form.key) if held_format(p, state) is form else None)
     if not all(isinstance(have, Tensor) and have.device == p.device for have in needed):
@@ -244,7 +245,7 @@ def _make_slot(slot: Slot, like: Tensor, segment: "Segment", options: "GroupOpti
         )
     state = torch.zeros_like(like.detach(), dtype=dtype, memory_format=torch.preserve_format)
     if slot.init == "param":
-        return state.copy_(segment.param.detach())
+        return state.copy_(segment.local.detach())
     value = _initial(slot, options)
     # torch fills both parts of a complex state
     return state.fill_(complex(value, value) if state.is_complex() else value)
@@ -284,9 +285,9 @@ def number_tensor(x: Any, device: torch.device, wide: bool = False) -> Tensor:
 
 def _hidden_counter(optimizer: "Stepper", p: Tensor, fresh: bool) -> Tensor:
     """Step count of a rule for which torch keeps none: zero when its state is new, else past the first step."""
-    have = optimizer._counters.get(p)
-    if have is None or fresh or have.device != p.device:
-        have = torch.tensor(0.0 if fresh else 1.0, dtype=torch.float32, device=p.device)
+    have, device = optimizer._counters.get(p), shards.here(p).device
+    if have is None or fresh or have.device != device:
+        have = torch.tensor(0.0 if fresh else 1.0, dtype=torch.float32, device=device)
         optimizer._counters[p] = have
     return have
 

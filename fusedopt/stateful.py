@@ -9,9 +9,11 @@ from . import checkpoint, masters
 from .average import ema_parameters, refuse_swapped
 from .groups import GroupOptions
 from .offload import finish
-from .plan import Segment, in_order
+from .segment import Segment, in_order
+from .shards import is_dtensor, movable, take
 from .state import MASK
 from .stepper import Stepper
+from .support import check_supported
 
 
 class Stateful(Stepper):
@@ -28,6 +30,7 @@ class Stateful(Stepper):
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
+                    check_supported(self, p, plan_groups[index])
                     self._init_state(Segment(p, index, 0, in_order(p, plan_groups[index])), plan_groups[index])
         if any(group.averaged for group in plan_groups):
             ema_parameters(self)
@@ -51,7 +54,8 @@ class Stateful(Stepper):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != param.shape:
             got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"set_update_mask: mask must be a bool tensor of shape {tuple(param.shape)}, got {got}")
-        self.state[param][MASK] = torch.empty_like(param.detach(), dtype=torch.bool).copy_(mask)
+        here = take(mask.detach(), param, MASK)
+        self.state[param][MASK] = torch.empty_like(param.detach(), dtype=torch.bool).copy_(here)
 
     def to(self, device: torch.device | str) -> Self:
         """Move all state to a device, to free memory elsewhere; a step brings it back to its parameters."""
@@ -66,7 +70,10 @@ class Stateful(Stepper):
         """As torch's, with codes, scales and what weight formats keep; waits for state on its way to the host."""
         if self._offload_state:
             finish()
-        return super().state_dict()
+        packed = super().state_dict()
+        if any(map(is_dtensor, self.state)):
+            packed["state"] = {k: movable(v) if isinstance(v, dict) else v for k, v in packed["state"].items()}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of its torch.optim namesake.

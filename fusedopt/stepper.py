@@ -1,5 +1,7 @@
 """How a step runs: the plan it keeps while nothing changes, and the parts that carry it out."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +17,10 @@ from .metrics import Metrics
 from .numbers import Shared
 from .offload import Offload
 from .parts import Parts
-from .plan import Plan, Segment
+from .plan import Plan
+from .ranks import NormGroup, Reach
 from .rule import Rule
+from .segment import Segment
 from .source import Source
 from .state import init_state
 from .upload import capturing
@@ -40,6 +44,8 @@ class Stepper(torch.optim.Optimizer):
     _source: Source | None = None
     _offload_state = False
     _release_gradients = False
+    _norm_group: NormGroup | None = None
+    _stand_ins: Mapping[Tensor, Tensor] = MappingProxyType({})  # parameters whose places others take, see `warmup`
     _release: Any = None  # a `Release`, which needs this class
     _counters: dict[Tensor, Tensor]
 
@@ -144,7 +150,10 @@ class Stepper(torch.optim.Optimizer):
         """A new plan from what is there now, and its parts by device."""
         self._forget_plan()
         plan = Plan(self)
+        for s in plan.segments if self._stand_ins else ():
+            s.place_as(self._stand_ins[s.param])
         self._shared.launcher, self._shared.metrics = self._launcher, self._metrics
+        self._shared.reach = Reach((*plan.segments, *plan.sparse), self._norm_group)
         self._parts = Parts(plan, self.backend, self._shared)
         self._plan = plan
         if any(map(buffers.is_placed, plan.params)):

@@ -2,15 +2,17 @@
 
 from itertools import pairwise
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
+from fusedopt_kernels.state.format import StateFormat
+from fusedopt_kernels.table import SCALE_GROUP as GROUP
 
-from . import layout
-from .formats import is_quantised
+from . import layout, shards
+from .formats import REAL, is_quantised, is_random, slot_storage
 from .groups import GroupOptions
 from .rule import switched_on
 
@@ -35,14 +37,54 @@ def check_supported(optimizer: "Stepper", p: Tensor, options: GroupOptions) -> N
             )
         if grad.dtype not in (*FLOAT_TYPES, *REAL_TYPE):
             raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex gradients, got {grad.dtype}")
-    if hasattr(p, "to_local"):
-        raise NotImplementedError(f"{name} does not support DTensor parameters; use torch.optim for them")
+    if shards.is_dtensor(p) or shards.is_dtensor(p.grad):
+        _check_sharded(optimizer, name, p, options)
     if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize < 2 or p.dtype == torch.complex32:
         raise TypeError(f"{name} needs fp64, fp32, bf16, fp16 or complex parameters, got {p.dtype}")
     if layout.needs_resolving(p):
         raise RuntimeError(
             f"{name} cannot update a lazily conjugated or negated parameter in place; make it from "
             ".resolve_conj().resolve_neg()"
+        )
+
+
+def _check_sharded(optimizer: "Stepper", name: str, p: Any, options: GroupOptions) -> None:
+    """Refuse a DTensor that a step cannot take; the same on every rank."""
+    rule, chosen = options.rule, options.options
+    if not shards.is_dtensor(p):
+        raise RuntimeError(f"{name}: a gradient is a DTensor, its parameter of shape {tuple(p.shape)} is none")
+    if p.grad is not None and (not shards.is_dtensor(p.grad) or p.grad.device_mesh != p.device_mesh):
+        raise RuntimeError(
+            f"{name}: the gradient of a DTensor parameter of shape {tuple(p.shape)} must be a DTensor on its mesh, got "
+            f"{f'one on {p.grad.device_mesh}' if shards.is_dtensor(p.grad) else type(p.grad).__name__}"
+        )
+    if any(place.is_partial() for place in p.placements):
+        raise RuntimeError(f"{name}: a parameter cannot have the placement Partial; redistribute it before training")
+    if rule.kernel_part is not None or rule.eager_part is not None:
+        raise NotImplementedError(
+            f"{name} works on whole matrices and does not take DTensor parameters, of which a rank holds rows: use an "
+            "element-wise rule such as AdamW for them, or replicate them as plain tensors"
+        )
+    for option, on in (("offload_state", optimizer._offload_state), ("norm_at_backward", optimizer._norm_at_backward)):
+        if on:
+            raise NotImplementedError(
+                f"{option} does not take DTensor parameters: leave it out (FSDP2 offloads with CPUOffloadPolicy)"
+            )
+    forms = [slot_storage(slot, p, chosen) for slot in options.slots if slot.shape is None]
+    quantised = [form for form in forms if isinstance(form, StateFormat)]
+    for form in quantised:
+        if not shards.keeps_groups(p, form):
+            raise RuntimeError(
+                f"{name}: quantised state of a parameter of shape {tuple(p.shape)} is kept in groups of {GROUP} "
+                f"neighbours in a row, which the placements {tuple(p.placements)} on a mesh of "
+                f"{tuple(p.device_mesh.shape)} would cut: shard it along dim 0, or so that every rank's part of a row "
+                f"is a multiple of {GROUP} elements, or give it state_dtype='float32'"
+            )
+    draws = is_random(chosen) or any(form.dithered for form in quantised)
+    if draws and p.dtype in REAL and shards.span_of(p) is None:
+        raise RuntimeError(
+            f"{name}: random rounding goes by the index in the whole tensor, which placements {tuple(p.placements)} "
+            f"of a parameter of shape {tuple(p.shape)} break into pieces: shard at most one dim besides dim 0, evenly"
         )
 
 

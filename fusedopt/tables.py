@@ -24,9 +24,9 @@ from fusedopt_kernels.state import wide
 
 from .groups import GroupOptions
 from .numbers import Shared
-from .plan import Segment
 from .rows import Rows, is_ragged, programs
 from .rule import Rule
+from .segment import Segment
 
 Launch = tuple[launch.KernelSpec, int, tuple[Tensor, ...]]
 """(spec, grid, pointer arguments)."""
@@ -147,10 +147,17 @@ class DeviceTables(Rows):
                 for t, form, key in zip_longest(s.slots, s.formats, s.keys[1 : 1 + len(s.slots)])
             ),
             (s.weight_format, s.keys[:1] not in ((), (None,))),
-            is_ragged(s),
+            (is_ragged(s), self._by_eight(s)),
             tuple(t.apply for t in transforms(group, self.use.with_norm or self.use.scaled)),
             (group.cautious, group.cautious_decay, s.mask is not None, s.ema is not None, self.change is not None),
         )
+
+    def _by_eight(self, s: Segment) -> bool:
+        """Whether one draw of random bits serves eight neighbours; the same for all where nothing is drawn."""
+        if is_ragged(s):
+            return False
+        drawn = any(key is not None for key in s.keys) or any(form is not None and form.dithered for form in s.formats)
+        return s.span is None or not drawn or (s.span.length == s.span.stride and s.span.offset % 8 == 0)
 
     def _update_specs(self, key: tuple[Any, ...]) -> list[launch.KernelSpec]:
         """The update kernel of a variant, after the measuring pass if its step needs one."""
@@ -162,7 +169,7 @@ class DeviceTables(Rows):
         return [launch.update_spec(f"{rule.name}_measure", measure, variant, "measure"), update]
 
     def _update_variant(self, key: tuple[Any, ...]) -> launch.UpdateVariant:
-        rule, (structure, dtype, grad, slots, (weights, random), ragged, applied, switches) = self.rule, key
+        rule, (structure, dtype, grad, slots, (weights, random), (ragged, by_eight), applied, switches) = self.rule, key
         return launch.UpdateVariant(
             structure=structure,
             weight=weight_codec(weights, dtype, random),
@@ -174,7 +181,7 @@ class DeviceTables(Rows):
             n_norms=rule.n_norms,
             exact=all(form is None for _, form, _ in slots),
             rowwise=ragged,
-            by_eight=not ragged,
+            by_eight=by_eight,
             switches=switches,
         )
 

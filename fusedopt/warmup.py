@@ -63,18 +63,20 @@ def _shadow(optimizer: "FusedOptimizer") -> "FusedOptimizer":
     shadow = object.__new__(type(optimizer))
     groups: list[dict[str, Any]] = []
     stand_ins: list[tuple[Tensor, dict[str, Any]]] = []
+    reals: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         members, rule = [], optimizer.rule_of(group)
         for p in group["params"]:
             if p.requires_grad:
                 members.append(_stand_in(p, rule, group.get(KEY, {})))
+                reals[members[-1]] = p
                 stand_ins.append((members[-1], _small_state(optimizer.state.get(p, {}), members[-1], rule)))
         groups.append({**group, "params": members})
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     state.update({p: s for p, s in stand_ins if s})
     own = {"_offload_state": False, "state": state, "param_groups": groups, "_counters": {}}
     shadow.__setstate__({**optimizer.__getstate__(), **own})
-    shadow._launcher = optimizer._launcher
+    shadow._launcher, shadow._stand_ins = optimizer._launcher, reals
     return shadow
 
 

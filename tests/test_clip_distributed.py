@@ -1,4 +1,4 @@
-"""`fusedopt.clip_grad_norm_` on DTensors: two processes, each running `ranks` below over gloo."""
+"""`fusedopt.clip_grad_norm_` on DTensors: two processes, each running `one_rank` below over gloo."""
 
 import math
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
-import two_ranks
 from torch import distributed, nn
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # whatever processes of their own warn about is theirs
 def test_sharded_replicated_and_partial_gradients(tmp_path: Path) -> None:
-    two_ranks.agree(__file__, tmp_path)
+    ranks.agree(__file__, tmp_path)
 
 
 def test_one_process_and_the_compiler(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_one_process_and_the_compiler(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
-def ranks(store: str, rank: int) -> None:
+def one_rank(store: str, rank: int) -> None:
     """What one of two processes checks."""
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -179,4 +179,4 @@ def _collectives(line: Any, grids: list[Any]) -> None:
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
-    ranks(sys.argv[1], int(sys.argv[2]))
+    one_rank(sys.argv[1], int(sys.argv[2]))

@@ -31,7 +31,6 @@ from .table import (
     MASK,
     MEASURE_COUNT,
     MEASURE_START,
-    NUMEL,
     PARAM,
     RESIDUAL,
     ROW_WIDTH,
@@ -40,6 +39,7 @@ from .table import (
     SKIP,
     SLOTS,
     WEIGHT_KEY,
+    WHOLE_NUMEL,
 )  # fmt: skip
 
 _LANES = tl.constexpr(LANES)
@@ -157,7 +157,7 @@ def _update_chunk(
     if tl.load(srow + SKIP) == 0.0:
         s = load_scalars(srow, N_SCALARS, COMPUTE)
         first, count = tl.load(row + MEASURE_START), tl.load(row + MEASURE_COUNT)
-        numel = tl.load(row + NUMEL)
+        numel = tl.load(row + WHOLE_NUMEL)
         if N_NORMS > 0:
             for i in tl.static_range(N_NORMS):
                 s = s + (tl.sqrt(sum_of_squares(partials + i, first, count, N_NORMS, _LANES)).to(COMPUTE),)

@@ -28,6 +28,7 @@ MEASURE_COUNT = tl.constexpr(15)  # number of those partials
 INDEX = tl.constexpr(16)  # address of the touched rows of a sparse gradient
 EMA_STEP = tl.constexpr(17)  # count of averaged steps: address shifted left once | is fp64
 CHANGE = tl.constexpr(18)  # address of (sum of squares of the weights, of their change), a pair per chunk
+WHOLE_NUMEL = tl.constexpr(19)  # stored real numbers of the parameter over all ranks
 SLOTS = tl.constexpr(20)  # then per state slot: address of the values, address of the scales
 MAX_SLOTS = 8
 ROW_WIDTH = tl.constexpr(44)
