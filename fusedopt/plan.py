@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _grad = attrgetter("grad")
 _local = attrgetter("_local_tensor")
 _spec = attrgetter("_spec")
+_placed = attrgetter("mesh", "placements")
 _address = torch._C.TensorBase.data_ptr
 _params = itemgetter("params")
 
@@ -97,6 +98,8 @@ class Plan:
         """The same, local ones in place of DTensors."""
         if not self.spread:
             return tensors
+        if len(self.spread) == len(tensors):
+            return list(map(_local, tensors))
         local = list(tensors)
         for i in self.spread:
             local[i] = _local(tensors[i])
@@ -106,6 +109,10 @@ class Plan:
         """What of each gradient lies here; DTensors are placed as their parameters."""
         if not self.spread:
             return grads
+        if not self.moved and len(self.spread) == len(self.placed) == len(grads):
+            local = list(map(_local, grads))
+            if set(map(type, local)) == {Tensor}:  # no collective is under way
+                return local
         local = list(grads)
         for i in self.spread:
             if i < len(local):
@@ -113,6 +120,12 @@ class Plan:
                 as_it_is = i not in self.moved and type(t) is Tensor
                 local[i] = t if as_it_is else shards.gradient(self.params[i], grads[i])
         return local
+
+    def _same_places(self, grads: list[Any]) -> bool:
+        """Whether DTensor gradients are placed as they were; `fully_shard` gives them the very same specification."""
+        all_of = len(self.specs) == len(grads)
+        specs = list(map(_spec, grads)) if all_of else [_spec(grads[i]) for i in self.spread if i < len(grads)]
+        return all(map(is_, specs, self.specs)) or list(map(_placed, specs)) == list(map(_placed, self.specs))
 
     def _watch_gradients(self) -> None:
         whole: list[Any] = [s.param.grad for s in self.segments]
@@ -163,7 +176,7 @@ class Plan:
         placed = self.placed
         try:
             if self.spread:
-                if [_spec(grads[i]) for i in self.spread if i < len(grads)] != self.specs:
+                if not self._same_places(grads):
                     return False
                 placed, grads = self._here(placed), self._gradients(grads)
             if not self.guard.check(*placed[: len(grads)], *placed[len(self.updated) :], *grads):

@@ -73,7 +73,7 @@ class Reach:
         self.shared_out = any(s.ranks is not None for s in segments)
         self.route = _route(list(meshes)) if self.shared_out else ()
         self._all = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)] if self.shared_out else []
-        self._first = all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
+        self._first = not any(next(iter(meshes)).get_coordinate()) if meshes else True  # one rank of all
 
     @property
     def joins(self) -> bool:

@@ -21,6 +21,7 @@ from .plan import Plan
 from .ranks import NormGroup, Reach
 from .rule import Rule
 from .segment import Segment
+from .shards import is_dtensor
 from .source import Source
 from .state import init_state
 from .upload import capturing
@@ -126,7 +127,7 @@ class Stepper(torch.optim.Optimizer):
         names = ("total_norm", "grad_scale", "found_inf")
         for name, value in zip(names, given.values(), strict=False):
             check_given(name, value)
-        kept = {column: value for column, value in given.items() if value is not None}
+        kept = {column: _whole(value) for column, value in given.items() if value is not None}
         return {column: x.detach() if isinstance(x, Tensor) and x.requires_grad else x for column, x in kept.items()}
 
     def _found_inf(self) -> list[Tensor]:
@@ -159,3 +160,8 @@ class Stepper(torch.optim.Optimizer):
         if any(map(buffers.is_placed, plan.params)):
             self._written = flatten.bases(plan.params)
         return plan
+
+
+def _whole(number: Any) -> Any:
+    """A number that may be spread over ranks, as torch's norms of DTensors are."""
+    return number.full_tensor() if is_dtensor(number) else number

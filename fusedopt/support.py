@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedopt_kernels.numerics import FLOAT_TYPES, REAL_TYPE
 from fusedopt_kernels.state.format import StateFormat
@@ -57,6 +58,11 @@ def _check_sharded(optimizer: "Stepper", name: str, p: Any, options: GroupOption
         raise RuntimeError(
             f"{name}: the gradient of a DTensor parameter of shape {tuple(p.shape)} must be a DTensor on its mesh, got "
             f"{f'one on {p.grad.device_mesh}' if shards.is_dtensor(p.grad) else type(p.grad).__name__}"
+        )
+    if is_traceable_wrapper_subclass(local := shards.here(p)):
+        raise NotImplementedError(
+            f"{name}: local tensors of type {type(local).__name__} keep their numbers in other tensors; give the "
+            "optimizer the parameters before they are wrapped"
         )
     if any(place.is_partial() for place in p.placements):
         raise RuntimeError(f"{name}: a parameter cannot have the placement Partial; redistribute it before training")

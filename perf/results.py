@@ -10,6 +10,7 @@ Every row has ``kind`` and ``machine``, ``commit``, ``dirty``. Kinds, and what t
     host       case, tensors, format, work, contender, device ("cpu"), host_us: Python time of a step with launches
                stubbed, on as many tiny tensors as the case has; ratio: as in measured; rounds, launches (ours),
                allocations: tensors that a step allocates
+    sharded    host time beside plain tensors over DTensors, and collectives of a step: `perf.scale.sharded`
     code       format, work, arch, triton, launches (of the step), kernel; of its machine code: warps, registers, stack,
                spills, shared_bytes, barriers, code_instructions; and for each chunk ("full", "unaligned", "tail",
                "ragged"; no such row field for kernels that walk no elements) per parameter: loaded, stored, bytes,

@@ -12,11 +12,12 @@ from torch.nn.parameter import is_lazy
 import fusedopt
 
 from ..average import EMA
-from ..encoded import keys
+from ..encoded import keys, recognise
 from ..formats import WEIGHTS
 from ..optimizer import FusedOptimizer
 from ..rule import Rule
 from ..rules import RULES
+from .share import WHOLE, Share
 
 MASTERS = {form.key for form in WEIGHTS.values()}
 """State keys of what low-precision weights keep beside themselves."""
@@ -29,7 +30,7 @@ class Memory:
     parameters, trainable: elements, all and those that require a gradient. tensors: parameters as torch counts them.
     weights, gradients: of the model. state: by slot of the rule (``exp_avg`` …), codes where it is quantised. scales:
     of those codes. masters: what keeps low-precision weights exact (fp32 copies, residuals). ema: averaged weights.
-    counters: step counts and other single numbers.
+    counters: step counts and other single numbers. formats: state by slot and then by what it is kept in.
 
     Not counted: activations, buffers of the model, the kernels' tables, copies made for parameters with gaps.
     """
@@ -44,6 +45,7 @@ class Memory:
     masters: int = 0
     ema: int = 0
     counters: int = 0
+    formats: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def optimizer(self) -> int:
@@ -60,9 +62,9 @@ class Memory:
         return (self.total if count is None else count) / self.parameters
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, the total and the bytes per parameter."""
+        """Every field but the formats, the total and the bytes per parameter."""
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "formats"},
             "state": dict(self.state),
             "total": self.total,
             "bytes_per_parameter": self.per_parameter(),
@@ -110,7 +112,8 @@ def _class(optimizer: Any) -> tuple[Any, tuple[Rule, ...]]:
 class Twins:
     """Parameters without memory in the place of given ones, one for all those of a group that are alike.
 
-    groups: of them, for an optimizer; a parameter that stands twice is taken once.
+    groups: of them, for an optimizer; a parameter that stands twice is taken once. order: the twin of every parameter
+    that was given, group by group.
 
     Raises:
         TypeError, ValueError: see `estimate`.
@@ -121,6 +124,7 @@ class Twins:
         groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
         self._copies: Counter[Tensor] = Counter()
         self._seen: set[int] = set()
+        self.order: list[list[Tensor]] = []
         self.groups = [{**group, "params": self._of(group["params"])} for group in groups]
         if not self._copies:
             raise ValueError("params holds no parameter; give a module, parameters or groups that do")
@@ -129,6 +133,7 @@ class Twins:
         """The twins of a group's parameters, with a name where they have one."""
         made: dict[Any, Tensor] = {}
         found: list[Any] = []
+        self.order.append([])
         for entry in [params] if isinstance(params, Tensor) else params:
             p = entry[1] if isinstance(entry, tuple) else entry
             _check(p)
@@ -143,28 +148,31 @@ class Twins:
                     made[kind].grad_dtype = grad_dtype
                 found.append((entry[0], made[kind]) if isinstance(entry, tuple) else made[kind])
             self._copies[made[kind]] += 1
+            self.order[-1].append(made[kind])
         return found
 
-    def count(self, optimizer: FusedOptimizer, grad_dtype: torch.dtype | None = None) -> Memory:
-        """What an optimizer over `groups` would hold for all that they stand for; makes its state.
+    def count(self, optimizer: FusedOptimizer, grad_dtype: torch.dtype | None = None, share: Share = WHOLE) -> Memory:
+        """What an optimizer over `groups` would hold for all that they stand for, or a rank for its share of it; makes
+        its state. Weights and gradients of a rank: as `fully_shard` pads them, to what the fullest has.
 
         Raises:
             RuntimeError, TypeError, ValueError: a parameter that the options do not go with.
         """
         optimizer.materialize_state()
-        held = _Sums()
+        held, padded = _Sums(share), share.fullest()
+        owned = self._copies if share.owned is None else share.owned
         for group in optimizer.param_groups:
             for p in group["params"]:
-                held.add(optimizer.state.get(p, {}), optimizer.rule_of(group), self._copies[p])
-        held.counters += sum(self._copies[p] * counter.nbytes for p, counter in optimizer._counters.items())
+                held.add(p, optimizer.state.get(p, {}), optimizer.rule_of(group), owned[p])
+        held.counters += sum(owned[p] * counter.nbytes for p, counter in optimizer._counters.items())
         trainable = [(p, n) for p, n in self._copies.items() if p.requires_grad]
         return Memory(
-            parameters=sum(n * p.numel() for p, n in self._copies.items()),
-            trainable=sum(n * p.numel() for p, n in trainable),
+            parameters=sum(n * share.numel(p) for p, n in self._copies.items()),
+            trainable=sum(n * share.numel(p) for p, n in trainable),
             tensors=self._copies.total(),
-            weights=sum(n * p.nbytes for p, n in self._copies.items()),
-            gradients=sum(n * p.numel() * _grad_dtype(p, grad_dtype).itemsize for p, n in trainable),
-            **vars(held),
+            weights=sum(n * padded.numel(p) * p.itemsize for p, n in self._copies.items()),
+            gradients=sum(n * padded.numel(p) * _grad_dtype(p, grad_dtype).itemsize for p, n in trainable),
+            **held.fields(),
         )
 
 
@@ -197,19 +205,26 @@ def _grad_dtype(p: Tensor, given: torch.dtype | None) -> torch.dtype:
 class _Sums:
     """State added up, by what it is for."""
 
-    def __init__(self) -> None:
-        self.state: dict[str, int] = {}
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self.formats: dict[str, Counter[str]] = {}
         self.scales = self.masters = self.ema = self.counters = 0
 
-    def add(self, state: Mapping[str, Any], rule: Rule, copies: int) -> None:
+    def fields(self) -> dict[str, Any]:
+        """Of a `Memory`."""
+        rest = {name: getattr(self, name) for name in ("scales", "masters", "ema", "counters")}
+        formats = {slot: dict(held) for slot, held in self.formats.items()}
+        return {"state": {slot: sum(held.values()) for slot, held in formats.items()}, "formats": formats, **rest}
+
+    def add(self, p: Tensor, state: Mapping[str, Any], rule: Rule, copies: int) -> None:
         """The state of a parameter that stands for ``copies``."""
-        names = {keys(slot.name)[0]: slot.name for slot in rule.state}
+        coded = {keys(slot.name)[0]: slot for slot in rule.state}
         scales = {keys(slot.name)[1] for slot in rule.state}
         numbers = {"step", "ema_step", *(slot.name for slot in rule.scalar_slots)}
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 continue
-            bytes_ = copies * value.nbytes
+            bytes_ = copies * self._share.numel(value) * value.itemsize
             if key in numbers:
                 self.counters += bytes_
             elif key in scales:
@@ -219,5 +234,6 @@ class _Sums:
             elif key == EMA:
                 self.ema += bytes_
             else:
-                slot = names.get(key, key)
-                self.state[slot] = self.state.get(slot, 0) + bytes_
+                slot = coded.get(key)
+                form = str(value.dtype)[6:] if slot is None else recognise(dict(state), slot, p.shape).name
+                self.formats.setdefault(key if slot is None else slot.name, Counter())[form] += bytes_

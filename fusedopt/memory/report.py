@@ -44,11 +44,16 @@ class Found:
     rivals: Sequence[tuple[Rival, Memory]]
 
 
+def of_subject(subject: Subject) -> dict[str, Any]:
+    """Model and optimizer."""
+    about = {"rule": subject.rule, "arguments": subject.arguments, "param_dtypes": subject.dtypes}
+    return {"model": subject.model, "configuration": about}
+
+
 def as_json(subject: Subject, found: Found) -> dict[str, Any]:
     """Everything that was counted, in bytes."""
     return {
-        "model": subject.model,
-        "configuration": {"rule": subject.rule, "arguments": subject.arguments, "param_dtypes": subject.dtypes},
+        **of_subject(subject),
         "memory": found.counted.as_json(),
         "ours": [
             {"name": each.name, "arguments": each.options, "memory": memory.as_json()} for each, memory in found.ours
@@ -62,14 +67,8 @@ def as_json(subject: Subject, found: Found) -> dict[str, Any]:
 
 def print_report(subject: Subject, found: Found) -> None:
     """The same for a reader, on stdout."""
-    counted = found.counted
-    console = Console(highlight=False)
-    if console.width < WIDTH or not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    frozen = "" if counted.trainable == counted.parameters else f", {counted.trainable:,} of them trained"
-    console.print(f"{subject.model}: {counted.parameters:,} parameters in {counted.tensors:,} tensors{frozen}")
-    console.print(f"{subject.configuration}; {', '.join(subject.dtypes)} parameters; nothing was allocated")
-    console.print(_component_table(counted))
+    console = begin(subject, found.counted)
+    console.print(_component_table(found.counted))
     console.print(_rival_table(found))
     console.print(_source_table({rival.package: None for rival, _ in found.rivals}))
     console.print(
@@ -77,6 +76,17 @@ def print_report(subject: Subject, found: Found) -> None:
         "allocator rounds up.",
         style="dim",
     )
+
+
+def begin(subject: Subject, counted: Memory) -> Console:
+    """Say what is counted, and return where the rest is printed."""
+    console = Console(highlight=False)
+    if console.width < WIDTH or not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    frozen = "" if counted.trainable == counted.parameters else f", {counted.trainable:,} of them trained"
+    console.print(f"{subject.model}: {counted.parameters:,} parameters in {counted.tensors:,} tensors{frozen}")
+    console.print(f"{subject.configuration}; {', '.join(subject.dtypes)} parameters; nothing was allocated")
+    return console
 
 
 def size(count: int, unit: str) -> str:
@@ -97,13 +107,14 @@ def components(counted: Memory) -> dict[str, int]:
     return rows | {name: bytes_ for name, bytes_ in rest.items() if bytes_}
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """One without columns yet, as all of them look."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _component_table(counted: Memory) -> Table:
     unit = unit_of(counted.total)
-    table = _table("This configuration")
+    table = new_table("This configuration")
     table.add_column("component", no_wrap=True)
     for heading in ("B/param", unit):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -119,7 +130,7 @@ def _rival_table(found: Found) -> Table:
     rows = [("this configuration", found.counted), *((each.name, memory) for each, memory in found.ours)]
     rows += [(rival.name, memory) for rival, memory in found.rivals]
     unit = unit_of(max(memory.total for _, memory in rows))
-    table = _table("Beside AdamW, here and by other packages' published formats; bytes per parameter")
+    table = new_table("Beside AdamW, here and by other packages' published formats; bytes per parameter")
     table.add_column("optimizer", no_wrap=True)
     for heading in ("weights", "grads", "state", "scales", "masters, avg.", "sum", unit, "of fp32"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -134,7 +145,7 @@ def _rival_table(found: Found) -> Table:
 
 
 def _source_table(packages: Iterable[Package]) -> Table:
-    table = _table("What they hold beside weights and gradients, and where that is read")
+    table = new_table("What they hold beside weights and gradients, and where that is read")
     for heading in ("package", "format", "source"):
         table.add_column(heading, no_wrap=heading != "format")
     for package in packages:
