@@ -135,3 +135,8 @@ def check_given(name: str, value: Any) -> None:
         raise ValueError(
             f"Invalid {name} value: {value}; it must be {'above' if name == 'grad_scale' else 'at least'} 0"
         )
+
+
+def own(optimizer: Any) -> Any:
+    """The optimizer itself, where Lightning or Fabric call through a wrapper of a class that they derive from ours."""
+    return vars(optimizer).get("_optimizer", optimizer)

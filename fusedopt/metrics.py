@@ -118,7 +118,9 @@ def collect(optimizer: "Stepper", per: str) -> dict[str, Tensor]:
 
 def _names(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     for number, group in enumerate(groups):
-        names = group.get("param_names") or [f"{number}.{i}" for i in range(len(group["params"]))]
+        names, count = group.get("param_names", ()), len(group["params"])
+        if len(names) != count:  # no names, or those of what DeepSpeed has put other parameters in place of
+            names = [f"{number}.{i}" for i in range(count)]
         yield from zip(names, group["params"], strict=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, compiled, flatten, formats, offload, options, ranks, release, source
-from .arguments import check_backend, check_flags
+from .arguments import check_backend, check_flags, own
 from .average import ema_parameters, refuse_swapped, swap_ema
 from .captures import refresh
 from .conditions import Conditions
@@ -67,7 +67,10 @@ class FusedOptimizer(Stateful):
         """
         if isinstance(param_group, dict):
             if name := next((name for name in options.WHOLE if name in param_group), None):
-                raise ValueError(f"{name} belongs to the whole optimizer: pass it to the constructor, not in a group")
+                raise ValueError(
+                    f"{name} belongs to the whole optimizer: pass it to the constructor, not in a group (for "
+                    f"ZeroRedundancyOptimizer: optimizer_class=functools.partial({type(self).__name__}, {name}=...))"
+                )
             chosen = options.of_group({**self.defaults, **param_group}, self._options)
             whole = {**self.defaults, **{k: v for k, v in param_group.items() if k not in options.DEFAULTS}}
             options.check(self.rule_of(whole), whole, chosen)
@@ -139,7 +142,7 @@ class FusedOptimizer(Stateful):
         Raises:
             RuntimeError: DistributedDataParallel put a gradient of `flatten_(grads=True)` into a bucket of its own.
         """
-        for hooks in (self._source, self._release):
+        for hooks in (own(self)._source, own(self)._release):
             if hooks is not None:
                 hooks.forget()
         if flatten.has_gradients:
@@ -153,9 +156,10 @@ class FusedOptimizer(Stateful):
 
         Under ``norm_at_backward`` gradients are summed up after the last pass only; without it nothing differs.
         """
-        if self._release is not None:
+        if own(self)._release is not None:
             raise RuntimeError("accumulate(): release_gradients=True frees every gradient at once: leave one out")
-        return nullcontext() if self._source is None else self._source.paused()
+        hooks = own(self)._source
+        return nullcontext() if hooks is None else hooks.paused()
 
     def refresh(self) -> None:
         """Bring hyper-parameters that changed to the device, for captured steps.
@@ -168,7 +172,7 @@ class FusedOptimizer(Stateful):
         Raises:
             RuntimeError: a change that needs other kernels or state than a captured step has.
         """
-        refresh(self)
+        refresh(own(self))
 
     def metrics(self, per: str = "model") -> dict[str, Tensor]:
         """Numbers about the last step by name, 0-dim float64 tensors on its device; nothing waits for the device.
@@ -183,7 +187,7 @@ class FusedOptimizer(Stateful):
         Raises:
             RuntimeError: there was no step yet. ValueError: another ``per``.
         """
-        return collect(self, per)
+        return collect(own(self), per)
 
     def warmup(self, *, scaled: bool = False) -> tuple[int, float]:
         """Compile every kernel variant of the current groups; steps nothing and changes no state.
@@ -194,7 +198,7 @@ class FusedOptimizer(Stateful):
         its results in Triton's cache. Returns (number of kernels made ready, seconds).
         """
         start = time.perf_counter()
-        return compile_variants(self, scaled), time.perf_counter() - start
+        return compile_variants(own(self), scaled), time.perf_counter() - start
 
     # -------------------------------------------------------------------------------------------- weight average
     def ema_parameters(self) -> list[Tensor]:
@@ -213,7 +217,7 @@ class FusedOptimizer(Stateful):
         Raises:
             RuntimeError: no group has ``ema_decay``; contexts in one another; a step or a load inside.
         """
-        return swap_ema(self)
+        return swap_ema(own(self))
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def __getstate__(self) -> dict[str, Any]:

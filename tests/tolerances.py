@@ -92,5 +92,24 @@ TOLERANCES = {
         "× torch's largest rms",
         "Errors of single steps have at most this ratio (DESIGN §7), and both runs pass them on by the same factors.",
     ),
+    "trainers": Tolerance(
+        1e-8,
+        "losses up to 200, norms of their gradients up to 100; weights",
+        "Float64: clipped gradients (at most 0.5, or 2) differ by 20 roundings of 1.1e-16, a step multiplies that by "
+        "lr = 0.01 and divides it by √v̂ ≥ 1e-5: 4e-12, at each of six steps. A loss passes it on by the gradient's "
+        "norm, its norm by a second derivative: below 400 here.",
+    ),
+    "trainers, float32": Tolerance(
+        1e-3,
+        "relative, of norms of gradients",
+        "As above with roundings of 6e-8 and √v̂ ≥ 1e-2: 6e-6 in the weights after five steps, times 400 by the second "
+        "derivative, of norms above 5.",
+    ),
+    "trainers, bf16": Tolerance(
+        2e-2,
+        "relative, of losses",
+        "Weights that differ by roundings may round to neighbours in a bf16 or fp16 forward pass, 2⁻⁸ apart: up to 2⁻⁷ "
+        "of the output, twice that of its square.",
+    ),
 }
 """Name → tolerance."""

@@ -1,0 +1,1 @@
+"""What trainers of other packages need beside an optimizer, one module each; ``docs/trainers.md`` shows their use."""
