@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .foreign import import_state_dict
     from .optimizer import FusedOptimizer
     from .options import Options
+    from .release_ddp import release_under_ddp
     from .rule import Rule, Slot
     from .rules.adabelief import AdaBelief
     from .rules.adadelta import Adadelta
@@ -53,13 +54,14 @@ __all__ = [
     "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "GradScaler", "Lion", "Muon", "NAdam", "NovoGrad",
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
     "StableAdamW", "__version__", "clip_grad_norm_", "flatten_", "get_total_norm", "import_state_dict", "make_rule",
-    "unflatten_",
+    "release_under_ddp", "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {
     "FusedOptimizer": ".optimizer", "GradScaler": ".amp", "Optimizer": ".custom", "Options": ".options",
     "Rule": ".rule", "Slot": ".rule", "clip_grad_norm_": ".clip", "flatten_": ".flatten", "get_total_norm": ".clip",
-    "import_state_dict": ".foreign", "make_rule": ".custom", "unflatten_": ".flatten",
+    "import_state_dict": ".foreign", "make_rule": ".custom", "release_under_ddp": ".release_ddp",
+    "unflatten_": ".flatten",
     **{cls: f".rules.{name}" for name, cls in RULES.items()},
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from . import clip_tables, layout, shards
 from .clip_parts import Part, coefficient, is_wide
 from .compiled import TAGS
 from .groups import KINDS
+from .pieces import is_fragment
 from .ranks import over_ranks
 
 
@@ -49,7 +50,8 @@ def clip_grad_norm_(
         foreach: checked as torch does, selects nothing.
 
     Raises:
-        RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient has elements that share memory.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite``; a gradient has elements that share memory;
+            parameters of FSDP1, of which a rank has pieces.
         ValueError: another norm_type. TypeError, NotImplementedError: gradients that torch's function is for.
     """
     if isinstance(parameters, Tensor):
@@ -60,6 +62,11 @@ def clip_grad_norm_(
         if is_generator and not parameters:
             warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
     _check_tensors("parameters", parameters)
+    if any(map(is_fragment, parameters)):
+        raise RuntimeError(
+            "clip_grad_norm_: parameters of FullyShardedDataParallel are this rank's pieces, whose norm is not the "
+            "model's: call model.clip_grad_norm_(max_norm), or give the optimizer clip_grad_norm and norm_group"
+        )
     grads = [p.grad for p in parameters if p.grad is not None]
     max_norm = float(max_norm)
     with torch.no_grad():

@@ -42,8 +42,8 @@ class Options(TypedDict, total=False):
 
     release_gradients: update every parameter in backward, as soon as its gradient is there, and free that; ``step()``
     is still called after each backward pass. Default False. Gradients never exist all at once, so nothing that needs
-    all of them works with it: clipping by their norm, skipping, metrics, accumulation, a GradScaler; nor do several
-    processes and CUDA graphs. For the whole optimizer.
+    all of them works with it: clipping by their norm, skipping, metrics, accumulation, a GradScaler; nor do CUDA
+    graphs. ``docs/release_gradients.md`` has the rest, DistributedDataParallel too. For the whole optimizer.
 
     offload_state: keep state in pinned host memory and stream it through the GPU in every step, in buffers of which one
     arrives, one is updated and one leaves at a time; the same bits. Default False. Weight averages stay on the GPU. For

@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,12 @@ def test_what_needs_all_gradients_is_refused(options: dict[str, Any]) -> None:
     assert len(optimizer.param_groups) == 1
     with pytest.raises(RuntimeError, match="total_norm"):
         optimizer.step(total_norm=1.0)
+
+
+def test_the_page_runs() -> None:
+    text = (Path(fusedopt.__file__).parent / "docs" / "release_gradients.md").read_text()
+    alone = text.split("```python")[1].split("```")[0]
+    exec(compile(alone, "release_gradients.md", "exec"), {})
 
 
 def test_a_constructor_costs_little() -> None:
