@@ -26,7 +26,7 @@ def mesh() -> Iterator[Any]:
 
 
 class Sharded:
-    """Parameters that are shared out, gradients as FSDP2 gives them: new DTensors at each step, local ones unaligned."""
+    """Parameters that are shared out, gradients as FSDP2 gives them: new DTensors in each step, unaligned ones."""
 
     def __init__(self, mesh: Any, count: int, rows: int, **options: Any) -> None:
         from torch.distributed.tensor import DTensor, Shard

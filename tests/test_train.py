@@ -208,7 +208,7 @@ def test_help_names_every_option_by_section_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = "text hidden-size num-layers num-heads max-seq-len dropout steps batch-size seed dtype clip ema amp lr "
-    for name in (names + "optimizer schedule backend compare out resume log-interval allow-inexact").split():
+    for name in (names + "optimizer schedule backend compare parallel out resume log-interval allow-inexact").split():
         assert f"--{name} " in done.stdout or f"--{name}\n" in done.stdout
     for section in ("Data:", "Model:", "Training:", "Optimizer:", "Run:"):
         assert f"\n{section}\n" in done.stdout

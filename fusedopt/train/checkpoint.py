@@ -13,10 +13,13 @@ import torch
 
 import fusedopt
 
+from . import sharded
 from .config import STRUCTURE, TrainConfig, differences, from_dict
 from .errors import BadInput
+from .parallel import Ranks
 
 if TYPE_CHECKING:
+    from .job import Job
     from .trainer import Trainer
 
 FILE_NAME = "checkpoint.pt"
@@ -42,12 +45,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
-def save(folder: Path, config: TrainConfig, environment: dict[str, Any], step: int, runs: dict[str, Any]) -> None:
-    """Write the checkpoint of `folder`. `runs` maps "fusedopt" (and "torch") to the state of its trainer."""
+def save(job: Job, step: int, trainers: dict[str, Trainer]) -> None:
+    """Write the checkpoint of a run, on every rank at once.
+
+    It is one file, with the states of `trainers` by "fusedopt" (and "torch"). Under fsdp weights and optimizer state
+    lie in shards beside it, which are whole on the disk before the file names them.
+    """
+    ranks = job.ranks
+    shards = sharded.save(job.folder, step, trainers, ranks) if ranks.mode == "fsdp" else None
+    ranks.together(lambda: _write(job, step, trainers, shards) if ranks.first else None)
+
+
+def _write(job: Job, step: int, trainers: dict[str, Trainer], shards: dict[str, Any] | None) -> None:
+    runs = {library: trainer.state_dict(tensors=shards is None) for library, trainer in trainers.items()}
+    content = {"format": FORMAT, "step": step, "config": job.config.as_dict(), "environment": job.environment}
     buffer = io.BytesIO()
-    content = {"format": FORMAT, "step": step, "config": config.as_dict(), "environment": environment, "runs": runs}
-    torch.save(content, buffer)
-    write_atomically(folder / FILE_NAME, buffer.getvalue())
+    torch.save({**content, "runs": runs, "shards": shards}, buffer)
+    write_atomically(job.folder / FILE_NAME, buffer.getvalue())
+    sharded.remove_others(job.folder, shards["folder"] if shards else None)
 
 
 def load(folder: Path) -> dict[str, Any] | None:
@@ -86,20 +101,30 @@ def remove(folder: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"cannot delete {path}: {error.strerror}") from None
+    sharded.remove_others(folder, None)
+
+
+def check_shards(folder: Path, saved: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse shards that are not what the checkpoint of `folder` names; every rank looks at some of them."""
+    if shards := saved.get("shards"):
+        sharded.check(folder / shards["folder"], shards["checksums"], ranks)
 
 
 def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
     """Load one trainer's state; BadInput when the checkpoint of `folder` does not hold what it should."""
+    shards = saved.get("shards")
     try:
         trainer.load_state_dict(
-            saved["runs"][trainer.library], changed=bool(differences(saved["config"], trainer.config))
+            saved["runs"][trainer.library],
+            changed=bool(differences(saved["config"], trainer.config)),
+            shards=folder / shards["folder"] if shards else None,
         )
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"checkpoint {folder / FILE_NAME} does not fit this version: {reason}") from None
 
 
-def describe_environment(config: TrainConfig, text_digest: str) -> dict[str, Any]:
+def describe_environment(config: TrainConfig, text_digest: str, ranks: Ranks) -> dict[str, Any]:
     """What, besides the settings, the bits of a run depend on."""
     gpu = config.device != "cpu"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -109,6 +134,7 @@ def describe_environment(config: TrainConfig, text_digest: str) -> dict[str, Any
     versions["triton"] = "none" if config.backend == "eager" else metadata.version("triton")
     return {
         "text": text_digest,
+        "ranks": str(ranks),
         "threads": torch.get_num_threads(),
         "processor": processor,
         "kernels": kernels,

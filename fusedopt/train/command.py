@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import require_interpreter
-from .config import DEFAULT_OUT, TrainConfig, override, resolve
-from .errors import BadInput, Diverged
+from .errors import BadInput, Diverged, Lost, Reported
 from .options import OPTIONS, SectionCommand
 
 if TYPE_CHECKING:
-    from .data import Text
+    from .job import Job
 
 HELP = """Train a small decoder-only Transformer on real text, byte by byte.
 
@@ -26,6 +24,11 @@ The output folder receives metrics.jsonl (a line per step), loss.png (losses, no
 config.json and summary.json.
 A run that was stopped, even by kill -9, continues with --resume and ends with the same bits.
 
+Under torchrun several processes train one model: each has its share of every batch, so that the loss is that of one
+process but for the order of sums (and for dropout: each rank draws its own). With --parallel ddp each keeps the whole
+model and optimizer, with fsdp a part. A run may go on with another number of ranks, another --parallel, or one
+process (--resume --allow-inexact); nothing that was saved changes by it.
+
 \b
 Examples:
   fusedopt train
@@ -35,88 +38,77 @@ Examples:
   fusedopt train --dtype bf16 --master split8 --state int8
   fusedopt train --resume
   fusedopt train --backend triton            (without a GPU: interpreted, tiny model)
+  torchrun --nproc-per-node 2 -m fusedopt.cli train --parallel fsdp
 """
 
 
-def _callback(resume: bool, overwrite: bool, allow_inexact: bool, **given: Any) -> int:
+def _callback(parallel: str | None, resume: bool, overwrite: bool, allow_inexact: bool, **given: Any) -> int:
     for module in ("matplotlib", "rich"):  # missing ones show now, not after the training
         importlib.import_module(module)
     try:
-        return train(given, resume, overwrite, allow_inexact)
+        return train(parallel, given, resume, overwrite, allow_inexact)
+    except Reported as error:
+        return error.status
     except BadInput as error:
         raise click.UsageError(str(error)) from None
-    except Diverged as error:
+    except (Diverged, Lost) as error:
         click.echo(f"fusedopt: {error}", err=True)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        raise click.UsageError("out of memory: try a smaller --batch-size, --max-seq-len or --hidden-size") from None
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            remedy = "try a smaller --batch-size, --max-seq-len or --hidden-size"
+            raise click.UsageError(f"out of memory: {remedy}") from None
+        raise
 
 
 command = SectionCommand("train", params=OPTIONS, callback=_callback, help=HELP)
 
 
-def train(given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool) -> int:
+def train(parallel: str | None, given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool) -> int:
     """Settle the settings, check everything that can be checked before training, train, and report."""
-    from . import checkpoint, data  # these import torch: not for --help
-    from .optimizers import DEFAULTS, parse_arguments, rule_name
+    from . import job  # these import torch: not for --help
+    from .parallel import connected, from_environment
 
-    if resume and overwrite:
-        raise BadInput("--resume continues a run, --overwrite starts it anew: choose one")
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
-    if "optimizer" in given:
-        given["optimizer"] = rule_name(given["optimizer"])
-    given["optimizer_args"] = parse_arguments(given.get("optimizer_arg", ()))
-    given["text"] = tuple(str(Path(name).absolute()) for name in given["text"]) if "text" in given else None
-    folder = Path(given.get("out", DEFAULT_OUT))
-    given["out"] = str(folder)
-    prepare_folder(folder, resume, overwrite)
-    saved = checkpoint.load(folder) if resume else None
-    device = pick_device(given.pop("device", "auto"), saved["config"] if saved else None)
-    if saved:
-        config = override(saved["config"], {**given, "device": device})
-    else:
-        config = resolve(given, device, DEFAULTS)
-    if config.backend == "triton" and device == "cpu":
-        require_interpreter()
-    text = data.load_text(config.text)
-    data.check_length(text, config.batch_size, config.max_seq_len)
-    environment = checkpoint.describe_environment(config, text.digest)
-    inexact = checkpoint.check_continues(saved, config, environment, allow_inexact) if saved else []
-    return start(config, text, folder, environment, saved, inexact)
+    ranks = from_environment(parallel, os.environ)
+    settled, problem = None, None
+    try:
+        settled = job.settle(given, resume, overwrite, allow_inexact, ranks)
+    except BadInput as error:
+        problem = error
+    with connected(ranks):
+        ranks.check(problem)
+        assert settled is not None
+        job.check_agreement(settled)
+        return start(settled)
 
 
-def start(
-    config: TrainConfig,
-    text: Text,
-    folder: Path,
-    environment: dict[str, Any],
-    saved: dict[str, Any] | None,
-    inexact: list[str],
-) -> int:
+def start(job: Job) -> int:
     """Run with a progress display, then plot and report. The exit status: 0, or 128 + the signal that stopped it."""
     from rich.console import Console
 
     from . import loop, metrics, plot, progress
 
-    console = Console()
-    step = saved["step"] if saved else 0
-    for line in [*introduction(config, text, environment, step), *(f"not bit-exact: {note}" for note in inexact)]:
+    console = Console(quiet=not job.ranks.first)
+    for line in [*introduction(job), *(f"not bit-exact: {note}" for note in job.inexact)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    with progress.ProgressView(console, config, step) as view:
-        trainers, stopped_by = loop.run(config, text, folder, environment, saved, view)
-    names = {library: trainer.name for library, trainer in trainers.items()}
-    plot.plot_run(folder, metrics.read(folder), names, config.clip)
-    progress.report(console, loop.summarise(folder, trainers), folder, view.seconds)
-    if stopped_by:
-        click.echo("fusedopt: stopped; continue with --resume", err=True)
-        return 128 + stopped_by
-    return 0
+    with progress.ProgressView(console, job.config, job.start) as view:
+        trainers, stopped_by = loop.run(job, view)
+    seconds = view.seconds
+
+    def conclude() -> None:
+        names = {library: trainer.name for library, trainer in trainers.items()}
+        plot.plot_run(job.folder, metrics.read(job.folder), names, job.config.clip)
+        progress.report(console, loop.summarise(job, trainers), job.folder, seconds)
+        if stopped_by:
+            click.echo("fusedopt: stopped; continue with --resume", err=True)
+
+    job.ranks.together(lambda: conclude() if job.ranks.first else None)
+    return 128 + stopped_by if stopped_by else 0
 
 
-def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], step: int) -> list[str]:
+def introduction(job: Job) -> list[str]:
     """What is about to be trained, and how."""
+    config, text, environment, step = job.config, job.text, job.environment, job.start
     size = f"hidden size {config.hidden_size}, {config.num_layers} layers, {config.num_heads} heads"
     batch = f"batches of {config.batch_size} x {config.max_seq_len} bytes"
     source = "your files" if config.text else "Python's standard library"
@@ -131,6 +123,9 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
         f"optimizer: {config.optimizer}{clip}{ema}{master}{state}, {kernels} on {environment['processor']}, "
         f"threads: {environment['threads']}",
     ]
+    if not job.ranks.alone:
+        share = config.batch_size // job.ranks.world
+        lines.append(f"ranks: {job.ranks.world}, {job.ranks.mode}; {share} of each batch's rows on each")
     if step == config.steps:
         lines.append(f"already at step {step}: nothing left to train (--overwrite starts anew)")
     elif step:
@@ -140,29 +135,3 @@ def introduction(config: TrainConfig, text: Text, environment: dict[str, Any], s
 
 def _rounding(name: str) -> str:
     return "" if name == "none" else f" (rounded {'at random' if name == 'stochastic' else 'to nearest'})"
-
-
-def pick_device(wanted: str, saved: TrainConfig | None) -> str:
-    """The device's name: what the user wants, else where the run began, else a GPU when there is one."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "auto":
-        wanted = saved.device if saved else "cuda" if available else "cpu"
-    if wanted == "cuda" and not available:
-        reason = "the checkpoint is of a run on a GPU" if saved and saved.device == "cuda" else "--device cuda"
-        raise BadInput(f"{reason}, but PyTorch finds no GPU here")
-    return wanted
-
-
-def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Create the output folder and see that it can be written; refuse to bury an earlier run."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        if not (resume or overwrite) and any((folder / name).exists() for name in ("checkpoint.pt", "metrics.jsonl")):
-            raise BadInput(f"{folder} already holds a run: add --resume or --overwrite, or choose another --out")
-    except OSError as error:
-        raise BadInput(f"cannot write to output folder {folder}: {error.strerror}") from None

@@ -88,20 +88,20 @@ class Sampler:
     """Training batches: each epoch visits non-overlapping windows once, in a random order, from a random offset.
 
     A batch is a pure function of (text, seed, position), so `position`, the number of windows drawn, is all there
-    is to save.
+    is to save. With `rows`, `next` gives these rows of the batch alone, and goes on as far.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int) -> None:
-        self.tokens, self.batch_size, self.seq_len, self.seed = tokens, batch_size, seq_len, seed
+    def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int, rows: slice = slice(None)) -> None:
+        self.tokens, self.batch_size, self.seq_len, self.seed, self.rows = tokens, batch_size, seq_len, seed, rows
         self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
         self.position = 0
         self._epoch, self._starts = -1, np.empty(0, np.int64)
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """The next batch of inputs and targets, each (batch_size, seq_len)."""
+        """The next batch of inputs and targets, each (number of rows, seq_len)."""
         starts = [self._start(self.position + i) for i in range(self.batch_size)]
         self.position += self.batch_size
-        return windows(self.tokens, np.array(starts, np.int64), self.seq_len)
+        return windows(self.tokens, np.array(starts[self.rows], np.int64), self.seq_len)
 
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.per_epoch)

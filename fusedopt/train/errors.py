@@ -9,3 +9,15 @@ class BadInput(Exception):
 
 class Diverged(Exception):
     """The loss is no longer finite. The message names the step."""
+
+
+class Lost(Exception):
+    """Another rank has ended in mid-training. The message names this one."""
+
+
+class Reported(Exception):
+    """What rank 0 tells the user about; status: with which all ranks exit."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status

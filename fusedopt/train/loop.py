@@ -8,7 +8,6 @@ import os
 import signal
 import statistics
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -16,9 +15,10 @@ import torch
 
 from . import checkpoint
 from .config import TrainConfig
-from .data import Text
 from .errors import Diverged
+from .job import Job
 from .metrics import MetricsLog, read
+from .parallel import Ranks
 from .trainer import StepRecord, Trainer, largest_difference, milliseconds
 
 Rows = list[dict[str, Any]]
@@ -65,68 +65,72 @@ def make_deterministic(device: str) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def run(
-    config: TrainConfig, text: Text, folder: Path, environment: dict[str, Any], saved: dict[str, Any] | None, view: View
-) -> tuple[dict[str, Trainer], int]:
-    """Train from `saved`, or from the start: the trainers, and 0 or the signal that stopped the run."""
+def run(job: Job, view: View) -> tuple[dict[str, Trainer], int]:
+    """Train from where the job starts: the trainers, and 0 or the signal that stopped the run."""
+    config, ranks = job.config, job.ranks
     make_deterministic(config.device)
     libraries = ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",)
-    trainers = {library: Trainer(config, library, text) for library in libraries}
-    if saved:
-        for trainer in trainers.values():
-            checkpoint.restore(trainer, saved, folder)
-    else:
-        checkpoint.remove(folder)  # before the metrics that it belongs to
-    log = MetricsLog(folder, saved["step"] if saved else -1)
-    checkpoint.write_atomically(folder / "config.json", json.dumps(config.as_dict(), indent=1).encode() + b"\n")
+    trainers = ranks.together(lambda: {library: Trainer(config, library, job.text, ranks) for library in libraries})
+    if saved := job.saved:
+        ranks.together(lambda: [checkpoint.restore(trainer, saved, job.folder) for trainer in trainers.values()])
+    log = ranks.together(lambda: _open_log(job) if ranks.first else None)
     try:
         with StopRequest() as stop:
-            _train(config, trainers, log, folder, environment, view, stop)
+            stopped_by = _train(job, trainers, log, view, stop)
     finally:
-        log.close()
-    return trainers, stop.signal_number
+        if log is not None:
+            log.close()
+    return trainers, stopped_by
 
 
-def _train(
-    config: TrainConfig,
-    trainers: dict[str, Trainer],
-    log: MetricsLog,
-    folder: Path,
-    environment: dict[str, Any],
-    view: View,
-    stop: StopRequest,
-) -> None:
-    step = trainers["fusedopt"].steps_done
+def _open_log(job: Job) -> MetricsLog:
+    if not job.saved:
+        checkpoint.remove(job.folder)  # before the metrics that it belongs to
+    log = MetricsLog(job.folder, job.start if job.saved else -1)
+    checkpoint.write_atomically(job.folder / "config.json", json.dumps(job.config.as_dict(), indent=1).encode() + b"\n")
+    return log
+
+
+def _train(job: Job, trainers: dict[str, Trainer], log: MetricsLog | None, view: View, stop: StopRequest) -> int:
+    """Step until done, or until a rank was asked to stop: by which signal, 0 if none."""
+    config, step, stopped_by = job.config, trainers["fusedopt"].steps_done, 0
     if step == 0:
         _write(log, view, _evaluate(trainers, [{"run": library, "step": 0} for library in trainers]))
     pending: list[tuple[str, StepRecord]] = []
-    while step < config.steps and not stop.signal_number:
+    while step < config.steps and not stopped_by:
         step += 1
         last = step == config.steps
         evaluate = last or step % config.val_interval == 0
         read = evaluate or step % config.log_interval == 0
         pending += [(library, trainer.step(measure=read)) for library, trainer in trainers.items()]
-        save = last or step % config.checkpoint_interval == 0 or bool(stop.signal_number)
+        stopped_by = job.ranks.largest(stop.signal_number)
+        save = last or step % config.checkpoint_interval == 0 or bool(stopped_by)
         if read or save:
-            rows = _rows(pending, config)
+            rows = _rows(pending, config, job.ranks)
             pending.clear()
             if evaluate or step == 1:
                 newest = rows[-len(trainers) :]
                 _evaluate(trainers, newest) if evaluate else _compare(trainers, newest)
             _write(log, view, rows)
         if save:
-            log.flush(sync=True)
-            states = {library: trainer.state_dict() for library, trainer in trainers.items()}
-            checkpoint.save(folder, config, environment, step, states)
+            if log is not None:
+                log.flush(sync=True)
+            checkpoint.save(job, step, trainers)
+    return stopped_by
 
 
-def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig) -> Rows:
-    """Rows of metrics.jsonl; waits for the device. Diverged when a loss, or a norm nothing skips, is not finite."""
+def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ranks) -> Rows:
+    """Rows of metrics.jsonl; waits for the device, and for the other ranks, whose losses are averaged.
+
+    Raises:
+        Diverged: a loss, or a norm that nothing skips, is not finite.
+    """
     if config.device != "cpu":
         torch.cuda.synchronize()
+    losses = ranks.sum(torch.tensor([float(record.loss) for _, record in pending], dtype=torch.float64)) / ranks.world
     rows = []
-    for library, record in pending:
-        loss, metrics = float(record.loss), {name: float(value) for name, value in record.metrics.items()}
+    for (library, record), loss in zip(pending, losses.tolist(), strict=True):
+        metrics = {name: float(value) for name, value in record.metrics.items()}
         grad_norm = metrics.get("grad_norm", 0.0)
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or config.skips_steps):
             norm = f", gradient norm {grad_norm}" if "grad_norm" in metrics else ""
@@ -170,19 +174,21 @@ def _compare(trainers: dict[str, Trainer], rows: Rows) -> Rows:
     return rows
 
 
-def _write(log: MetricsLog, view: View, rows: Rows) -> None:
-    for row in rows:
-        log.append(row)
-    log.flush()
+def _write(log: MetricsLog | None, view: View, rows: Rows) -> None:
+    if log is not None:
+        for row in rows:
+            log.append(row)
+        log.flush()
     view.update(rows)
 
 
-def summarise(folder: Path, trainers: dict[str, Trainer]) -> dict[str, Any]:
-    """The run so far, mostly from metrics.jsonl, also written to summary.json. Times are medians in milliseconds;
-    metrics are those that were read last.
+def summarise(job: Job, trainers: dict[str, Trainer]) -> dict[str, Any]:
+    """The run so far, mostly from metrics.jsonl, also written to summary.json. Times are medians in milliseconds,
+    bytes and times those of rank 0; metrics are those that were read last.
     """
-    rows = read(folder)
-    summary: dict[str, Any] = {"step": max((row["step"] for row in rows), default=0), "runs": {}}
+    rows = read(job.folder)
+    last = max((row["step"] for row in rows), default=0)
+    summary: dict[str, Any] = {"step": last, "ranks": str(job.ranks), "runs": {}}
     for library, trainer in trainers.items():
         own = [row for row in rows if row["run"] == library]
         validation = [row["val_loss"] for row in own if "val_loss" in row]
@@ -202,5 +208,5 @@ def summarise(folder: Path, trainers: dict[str, Trainer]) -> dict[str, Any]:
     if compared:
         keys = ("step", "largest_difference", "largest_difference_in")
         summary["parameter_difference"] = [{key: row[key] for key in keys} for row in (compared[0], compared[-1])]
-    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+    checkpoint.write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     return summary

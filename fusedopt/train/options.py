@@ -114,6 +114,8 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
                 _choice("none", "torch")),
     ],
     "Run": [
+        _option("--parallel", "Under torchrun: a copy of the model on every rank (ddp), or parts of it (fsdp). "
+                "--batch-size is that of all ranks together. [one process]", _choice("ddp", "fsdp")),
         _option("--out", f"Output folder. [{DEFAULT_OUT}]", metavar="FOLDER"),
         _flag("--resume", "Continue from the checkpoint in the output folder, with its settings; start anew when "
               "there is none."),

@@ -99,7 +99,8 @@ def report(console: Console, summary: dict[str, Any], folder: Path, seconds: flo
         lines += [f"{run['optimizer']}: {line}" for line in around(run["metrics"])]
         held = run["bytes_per_parameter"]
         parts = ", ".join(f"{name} {size:.3g}" for name, size in held.items())
-        lines.append(f"{run['optimizer']}: {sum(held.values()):.3g} bytes per parameter: {parts}")
+        where = "" if summary["ranks"] == "1" else " on each rank"
+        lines.append(f"{run['optimizer']}: {sum(held.values()):.3g} bytes per parameter{where}: {parts}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     if "parameter_difference" in summary:
         table = Table("", *(run["optimizer"] for run in runs.values()), title="comparison, same seed")

@@ -6,15 +6,19 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .config import DTYPES, TrainConfig
 from .data import Sampler, Text, validation_batches
 from .model import Transformer
 from .optimizers import describe, make_optimizer, make_schedule, switch_to_average
+from .parallel import ALONE, Ranks, on_this_rank
 from .update import AroundStep, InStep, Metrics
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,28 +40,44 @@ class StepRecord:
 
 
 class Trainer:
-    """A replica of the run. Two of them with one seed draw the same data, weights and dropout, side by side."""
+    """A replica of the run. Two of them with one seed draw the same data, weights and dropout, side by side.
 
-    def __init__(self, config: TrainConfig, library: str, text: Text) -> None:
-        self.config, self.library = config, library
+    Of several ranks each has its rows of every batch, and draws its own dropout.
+    """
+
+    def __init__(self, config: TrainConfig, library: str, text: Text, ranks: Ranks = ALONE) -> None:
+        self.config, self.library, self.ranks = config, library, ranks
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
         model = Transformer(config.hidden_size, config.num_layers, config.num_heads, config.max_seq_len, config.dropout)
         self.model = model.to(device=self.device, dtype=getattr(torch, DTYPES[config.dtype]))
-        self.sampler = Sampler(text.train, config.batch_size, config.max_seq_len, config.seed)
-        self.held_out = validation_batches(text.validation, config.batch_size, config.max_seq_len, config.val_batches)
+        self.wrapped = ranks.wrap(self.model)
+        size, length = config.batch_size, config.max_seq_len
+        self.sampler = Sampler(text.train, size, length, config.seed, ranks.rows(size))
+        self.held_out = [
+            self._share(*batch) for batch in validation_batches(text.validation, size, length, config.val_batches)
+        ]
         self.optimizer = make_optimizer(config, library, self.model)
+        if ranks.mode == "fsdp":
+            sharded.materialize(self.optimizer)
         self.update = (InStep if library == "fusedopt" else AroundStep)(config, self.model, self.optimizer)
         self.schedule = make_schedule(config, self.optimizer)
         self.name = describe(self.optimizer)
-        self.rng = rng_state(self.device)
         self.steps_done = 0
+
+    def _share(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+        """This rank's rows of a batch, and how many they are; where there is none one that does not count: every rank
+        runs the model equally often, as fsdp needs.
+        """
+        rows = self.ranks.rows(len(tokens))
+        count = rows.stop - rows.start
+        return (tokens[rows], targets[rows], count) if count else (tokens[:1], targets[:1], 0)
 
     def step(self, measure: bool = False) -> StepRecord:
         """One batch forward and backward, update, schedule. measure: record the optimizer's metrics."""
-        set_rng_state(self.rng)
+        self._seed_dropout()
         start = self._mark()
-        loss = self._loss(self.model, *self.sampler.next())
+        loss = self._loss(self.wrapped, *self.sampler.next())
         self.update.scale(loss).backward()
         before = self._mark()
         self.update.step()
@@ -67,7 +87,6 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.step()
         self.steps_done += 1
-        self.rng = rng_state(self.device)
         return StepRecord(self.steps_done, lr, loss.detach(), metrics, (start, after), (before, after))
 
     def evaluate(self) -> dict[str, float]:
@@ -83,35 +102,47 @@ class Trainer:
     @torch.no_grad()
     def _held_out_loss(self, model: nn.Module) -> float:
         model.eval()
-        losses = [(float(self._loss(model, *batch)), len(batch[0])) for batch in self.held_out]
+        losses = [(float(self._loss(model, tokens, targets)), n) for tokens, targets, n in self.held_out]
         model.train()
-        return math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+        self.ranks.reshard(model)
+        own = math.fsum(loss * n for loss, n in losses), float(sum(n for _, n in losses))
+        total, count = self.ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        return total / count
 
     def bytes_per_parameter(self) -> dict[str, float]:
-        """What stays in memory, over the number of parameters; state: masters, scales and weight averages too."""
+        """What stays in memory of this rank, over the number of parameters; state: masters, scales and weight averages
+        too.
+        """
         weights = list(self.model.parameters())
         state = [x for entry in self.optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
         held = {"weights": weights, "gradients": weights, "state": [*state, *self.update.average_weights()]}
         count = sum(p.numel() for p in weights)
-        return {name: round(sum(x.nbytes for x in tensors) / count, 3) for name, tensors in held.items()}
+        return {name: round(sum(on_this_rank(x).nbytes for x in tensors) / count, 3) for name, tensors in held.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+    def state_dict(self, tensors: bool = True) -> dict[str, Any]:
+        """Everything that the next step depends on; tensors: weights and optimizer state too."""
+        large = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()} if tensors else {}
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **large,
             **self.update.state_dict(),
             "schedule": self.schedule.state_dict(),
             "position": self.sampler.position,
-            "rng": self.rng,
             "steps_done": self.steps_done,
         }
 
-    def load_state_dict(self, state: dict[str, Any], changed: bool = False) -> None:
-        """Continue exactly where `state` was taken; changed: with this trainer's settings instead of the saved ones."""
-        self.model.load_state_dict(state["model"])
+    def load_state_dict(self, state: dict[str, Any], changed: bool = False, shards: Path | None = None) -> None:
+        """Continue exactly where `state` was taken; changed: with this trainer's settings instead of the saved ones.
+
+        shards: where weights and optimizer state are if not in `state`.
+        """
         own = self._settings_after(state["steps_done"]) if changed else []
-        self.optimizer.load_state_dict(state["optimizer"])
+        if shards is not None:
+            sharded.load(self, shards, partly=changed)
+        elif self.ranks.mode == "fsdp":
+            sharded.load_whole(self, state)
+        else:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.update.load_state_dict(state)
         if not changed:
             self.schedule.load_state_dict(state["schedule"])
@@ -120,7 +151,6 @@ class Trainer:
             group.clear()
             group.update(settings, params=params)
         self.sampler.position = state["position"]
-        self.rng = state["rng"]
         self.steps_done = state["steps_done"]
 
     def _settings_after(self, steps: int) -> list[dict[str, Any]]:
@@ -130,6 +160,11 @@ class Trainer:
             for _ in range(steps):
                 self.schedule.step()
         return [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+
+    def _seed_dropout(self) -> None:
+        """Masks are a function of (seed, step, rank): there is nothing to save, and other ranks have other masks."""
+        numbers = self.config.seed, self.steps_done, self.ranks.rank
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
     def _loss(self, model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
         tokens, targets = tokens.to(self.device), targets.to(self.device)
@@ -150,21 +185,6 @@ def milliseconds(marks: tuple[Any, Any]) -> float:
     """Time between two marks; events must have completed."""
     start, end = marks
     return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the generators that initialisation and dropout draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor]) -> None:
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def largest_difference(first: nn.Module, second: nn.Module) -> tuple[float, str]:
