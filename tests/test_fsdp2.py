@@ -143,6 +143,11 @@ def _stages(rank: int, backend: str) -> None:
         assert torch.equal(own[0], whole[rank])
         assert torch.equal(stage.metrics()["grad_norm"], one.metrics()["grad_norm"])
     assert one.metrics()["skipped_steps"] == stage.metrics()["skipped_steps"] == 1
+    before = own[0].detach().clone()
+    stage.found_inf = torch.tensor(float(rank == 1))  # as torch's GradScaler says
+    own[0].grad = torch.ones_like(own[0])
+    stage.step()
+    assert torch.equal(own[0], before) and stage.metrics()["skipped_steps"] == 2
     assert twin._norm_group is stage._norm_group
     with pytest.raises(TypeError, match="norm_group must be a process group"):
         fusedopt.AdamW(own, norm_group="world")
@@ -183,6 +188,11 @@ def _calls(rank: int, backend: str) -> None:
     assert {s["step"].item() for s in optimizer.state.values()} == {0.0}
     net(_batch(0)[rank].bfloat16()).square().mean().backward()
     optimizer.step()
+    for p in net.parameters():  # as FSDP2 writes what is loaded into a model
+        p._local_tensor.fill_(0.25)
+    optimizer.step()
+    largest = max((p.full_tensor().float() - 0.25).abs().max().item() for p in net.parameters())
+    assert largest < 0.02, "a step of lr 0.01 from what was written"
     masters: Any = optimizer.master_state_dict()
     for name, p in net.named_parameters():
         assert masters[name].placements == p.placements and masters[name].dtype == torch.float32

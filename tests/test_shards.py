@@ -37,6 +37,7 @@ def one_rank(store: str, rank: int, world: int) -> None:
             _steps(fusedopt.AdamW, meshes, name, backend, torch.bfloat16, **_RANDOM, state_dtype="int8")
         _steps(fusedopt.AdamW, meshes, "every", backend, torch.float32, clip_grad_norm=0.1, clip_scope="tensor")
         _steps(fusedopt.AdamW, meshes, "every", backend, torch.float32, **_MEASURED)
+        _steps(fusedopt.AdamW, meshes, "rows", backend, torch.float32, **_MEASURED, norm_group=meshes["self"])
         _steps(fusedopt.LAMB, meshes, "every", backend, torch.float32, weight_decay=0.1)
         _steps(fusedopt.NovoGrad, meshes, "every", backend, torch.float32, weight_decay=0.1)
         _steps(fusedopt.Lion, meshes, "rows", backend, torch.float32, cautious=True)
@@ -59,7 +60,9 @@ def _meshes() -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
 
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    return {"line": init_device_mesh("cpu", (4,)), "square": square, "dp": square["dp"], "tp": square["tp"]}
+    own = init_device_mesh("cpu", (4, 1), mesh_dim_names=("all", "self"))["self"]
+    line = init_device_mesh("cpu", (4,))
+    return {"line": line, "square": square, "dp": square["dp"], "tp": square["tp"], "self": own}
 
 
 def _placements(meshes: dict[str, Any], name: str) -> list[Any]:
@@ -160,17 +163,18 @@ def _same_metrics(pair: _Pair) -> None:
 
 
 def _skips(meshes: dict[str, Any], backend: str, rank: int) -> None:
-    """One rank's inf, or its scaler's flag, skips the step on all."""
-    for name in ("rows", "axes"):
-        pair = _Pair(fusedopt.AdamW, _placements(meshes, name), backend, torch.float32, {"skip_nonfinite": True})
+    """One rank's NaN, or its scaler's flag, skips the step on all; libraries lose NaN in a maximum."""
+    for name, kind in (("rows", math.inf), ("axes", math.inf), ("rows", 2.0)):
+        options = {"skip_norm_above": 1e6, "clip_norm_type": kind}
+        pair = _Pair(fusedopt.AdamW, _placements(meshes, name), backend, torch.float32, options)
         pair.give(0)
-        if rank == 2:
+        if rank == 2 or (rank == 3 and name == "axes"):  # which has the same shard there
             local: Any = pair.placed[0].grad
-            local._local_tensor[:1] = math.inf
+            local._local_tensor[:1] = math.nan
         before = [_full(p).clone() for p in pair.placed]
         pair.many.step()
         assert all(torch.equal(_full(p), was) for p, was in zip(pair.placed, before, strict=True)), backend
-        assert pair.many.metrics()["skipped_steps"] == 1
+        assert pair.many.metrics()["skipped_steps"] == 1 and pair.many.metrics()["grad_norm"].isnan()
         pair.give(1)
         pair.many.grad_scale, pair.many.found_inf = torch.tensor(2.0), torch.tensor(float(rank == 1))
         pair.many.step()
@@ -186,10 +190,12 @@ def _partial_gradients(meshes: dict[str, Any], backend: str) -> None:
 
     where = [(meshes["line"], [Replicate()]), (meshes["square"], [Replicate(), Shard(0)])]
     pair = _Pair(fusedopt.AdamW, where, backend, torch.float32, {"clip_grad_norm": 0.5})
-    for seed in range(2):
+    for seed in range(3):
         pair.give(seed)
         for p, q, (_, (mesh, _)) in zip(pair.whole, pair.placed, pair.places, strict=True):
             assert p.grad is not None
+            if seed == 0:  # placed as the parameters at first
+                continue
             if mesh.ndim == 1:  # a quarter each, exactly
                 q.grad = DTensor.from_local(p.grad / 4, mesh, [Partial()], run_check=False)
             else:
@@ -213,13 +219,18 @@ def _masks(meshes: dict[str, Any], backend: str) -> None:
 
 def _refusals(meshes: dict[str, Any]) -> None:
     from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     line = meshes["line"]
     cut = nn.Parameter(_place(torch.zeros(64, 128), (line, [Shard(1)])))
     cut.grad = _place(torch.ones(64, 128), (line, [Shard(1)]))
     rows = nn.Parameter(_place(torch.zeros(64, 128), (line, [Shard(0)])))
     rows.grad = _place(torch.ones(64, 128), (line, [Shard(0)]))
+    pieces = (meshes["square"], [_StridedShard(0, split_factor=2), Shard(0)])
+    odd = nn.Parameter(_place(torch.zeros(6, 8), pieces))
+    odd.grad = _place(torch.ones(6, 8), pieces)
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (fusedopt.AdamW, [odd], {"state_dtype": "bfloat16", "state_rounding": "stochastic"}, "break into pieces"),
         (fusedopt.AdamW, [cut], {"state_dtype": "int8"}, "would cut: shard it along dim 0"),
         (fusedopt.Muon, [rows], {}, "works on whole matrices"),
         (fusedopt.Adafactor, [rows], {}, "works on whole matrices"),
@@ -230,6 +241,12 @@ def _refusals(meshes: dict[str, Any]) -> None:
         with pytest.raises((RuntimeError, NotImplementedError), match=text):
             optimizer.step()
         assert not optimizer.state
+    optimizer = fusedopt.AdamW([rows])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {key: getattr(value, "_local_tensor", value) for key, value in saved["state"][0].items()}
+    with pytest.raises(RuntimeError, match="is not the whole of a parameter"):
+        optimizer.load_state_dict(saved)
     with pytest.raises(RuntimeError, match="outside the graph"):
         torch.compile(fusedopt.AdamW([rows]).step, fullgraph=True, backend="eager")()
 
