@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .dcp import check_formats, of_these, taken_back, without_own
 from .encoded import keys, recognise, values
 from .formats import LOW, is_random
 from .options import FORMAT_VERSION, FORMATS, KEY
 from .rule import Rule
-from .shards import take, taken_back
+from .shards import here, is_dtensor, local_state, spread, take
 from .state import BESIDE, MASK, held_format, number_tensor
 from .streams import STREAMS
 
@@ -39,10 +40,10 @@ def load(optimizer: "Stepper", state_dict: dict[str, Any], load_as_torch: Callab
 
     def hide(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_version(loaded)
-        state = {k: taken_back(v) if isinstance(v, dict) else v for k, v in loaded["state"].items()}
-        loaded = {**loaded, "state": state}
-        _check_state(optimizer, loaded)
-        groups = [dict(group) for group in loaded["param_groups"]]
+        pairs = zip(loaded["param_groups"], optimizer.param_groups, strict=False)
+        groups = [of_these(dict(group), live_group, i) for i, (group, live_group) in enumerate(pairs)]
+        groups += [dict(group) for group in loaded["param_groups"][len(groups) :]]
+        loaded = {**loaded, "state": _readable(optimizer, loaded)}
         for index, (group, options) in enumerate(zip(groups, live, strict=False)):
             if gone := (options or {}).keys() - group.get(KEY, options or {}).keys() - {*FORMATS, STREAMS}:
                 warnings.warn(
@@ -129,16 +130,27 @@ def _check_version(state_dict: dict[str, Any]) -> None:
             )
 
 
-def _check_state(optimizer: "Stepper", state_dict: dict[str, Any]) -> None:
-    """Refuse quantised state and masters that cannot be read; sizes of groups are checked by torch's loader."""
+def _readable(optimizer: "Stepper", state_dict: dict[str, Any]) -> dict[Any, Any]:
+    """State as this optimizer reads it; sizes of groups are checked by torch's loader.
+
+    Raises:
+        RuntimeError: quantised state or masters that cannot be read.
+    """
+    found = {k: taken_back(v) if isinstance(v, dict) else v for k, v in state_dict["state"].items()}
     live = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     saved = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
     for (p, group), (i, new) in zip(live, saved, strict=False) if len(live) == len(saved) else ():
-        if isinstance(state := state_dict["state"].get(i), dict):
-            _check_readable(optimizer.rule_of({**group, **new}), p, state)
+        if isinstance(state := found.get(i), dict):
+            rule = optimizer.rule_of({**group, **new})
+            own = optimizer.state.get(p, {})
+            state = found[i] = without_own(rule, state, own)
+            _check_readable(rule, p, state)
             for key in BESIDE:
                 if isinstance(have := state.get(key), Tensor):
                     _check_beside(p, key, have)
+            if KEY in group and KEY in new:
+                check_formats(p, rule, state, own, new[KEY], group[KEY])
+    return found
 
 
 def _check_beside(p: Tensor, key: str, have: Tensor) -> None:
@@ -180,15 +192,16 @@ def to_torch(optimizer: "Stepper") -> dict[str, Any]:
 
 def _plain(optimizer: "Stepper", group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as torch's class keeps it; {} where it has none yet."""
-    rule = optimizer.rule_of(group)
+    rule, local = optimizer.rule_of(group), local_state(taken_back(state), p)
     made: dict[str, Any] = {}
     for slot in rule.state:
         if slot.kind == "scalar" or slot.shape is not None:
-            x = state.get(slot.name)
+            x = local.get(slot.name)
         else:
-            x = values(state, slot, p.shape)
+            x = values(local, slot, here(p).shape)
         if x is not None:
-            made[slot.name] = x.to(torch.float32) if x.dtype in LOW else x
+            x = x.to(torch.float32) if x.dtype in LOW else x
+            made[slot.name] = spread(x, p) if is_dtensor(p) else x
     lacking = [s for s in rule.slots(group) if s.name not in made and (s.shape is None or s.shape(p) is not None)]
     if lacking:  # a parameter that was never stepped
         return {}

@@ -53,9 +53,9 @@ def encode(x: Tensor, form: StateFormat) -> tuple[Tensor, Tensor]:
     padded = F.pad(x.reshape(rows, length), (0, groups * GROUP - length)).view(-1, GROUP)
     codes, scales = form.store(padded, None)
     if form.packed == 1:
-        codes = codes.view(rows, -1)[:, :length].reshape(x.shape)
+        codes = codes.view(rows, groups * GROUP)[:, :length].reshape(x.shape)
     else:
-        codes = codes.view(rows, -1)
+        codes = codes.view(rows, groups * GROUP // form.packed)
     return codes.contiguous(), scales.view(rows, groups)
 
 
@@ -67,7 +67,7 @@ def decode(codes: Tensor, scales: Tensor, form: StateFormat, shape: torch.Size) 
         padded[:, :length] = codes.reshape(rows, length)
         codes = padded
     values = form.load(codes.reshape(-1, GROUP // form.packed), scales.reshape(-1))
-    return values.view(rows, -1)[:, :length].reshape(shape)
+    return values.view(rows, groups * GROUP)[:, :length].reshape(shape)
 
 
 def recognise(state: Mapping[str, Any], slot: Slot, shape: torch.Size) -> StateFormat:

@@ -217,49 +217,9 @@ def whole_shape(p: Tensor, dtype: torch.dtype, key: str) -> torch.Size:
     return torch.Size((rows, groups if key.endswith("_scale") else groups * GROUP // 8))
 
 
-_MOVED = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.float16}
-"""8-bit floating point and a type that holds its values and stands for nothing else beside scales."""
-BITS = "_bits"
-"""What the state key of 16 bits that are no number ends with in a state dict."""
-
-
-def movable(state: dict[str, Any]) -> dict[str, Any]:
-    """State of a DTensor in dtypes that collectives take, for state dicts; `taken_back` undoes it.
-
-    Neither NCCL nor gloo moves 16-bit integers, gloo no 8-bit floating point: of the former the bits go as float16, of
-    the latter the values.
-    """
-    moved = {}
-    for key, value in state.items():
-        if is_dtensor(value) and value.dtype == torch.int16:
-            moved[key + BITS] = _like(value._local_tensor.view(torch.float16), value)
-        elif is_dtensor(value) and value.dtype in _MOVED:
-            moved[key] = _like(value._local_tensor.to(_MOVED[value.dtype]), value)
-        else:
-            moved[key] = value
-    return moved
-
-
-def taken_back(state: dict[str, Any]) -> dict[str, Any]:
-    """Loaded state as it was before `movable`."""
-    back = {}
-    for key, value in state.items():
-        if key.endswith(BITS) and isinstance(value, Tensor):
-            key, local = key.removesuffix(BITS), here(value).view(torch.int16)
-        elif key.endswith("_q") and isinstance(value, Tensor) and value.dtype in _MOVED.values():
-            local = here(value).to(next(dtype for dtype, moved in _MOVED.items() if moved == value.dtype))
-        else:
-            back[key] = value
-            continue
-        back[key] = _like(local, value) if is_dtensor(value) else local
-    return back
-
-
-def _like(local: Tensor, t: Any) -> Any:
-    """A DTensor with other local contents."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+MOVED = {torch.int16: torch.int32, torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.float16}
+"""Dtypes that NCCL (16-bit integers) or gloo (8-bit floating point too) does not move, and those that hold their
+values and stand for nothing else in the same place."""
 
 
 def take(value: Any, p: Any, key: str) -> Any:
@@ -270,18 +230,16 @@ def take(value: Any, p: Any, key: str) -> Any:
     """
     if not isinstance(value, Tensor) or not value.dim():
         return value
-    if not is_dtensor(p):
-        return value.full_tensor() if is_dtensor(value) else value  # pyright: ignore[reportAttributeAccessIssue] # a DTensor's
-    whole = tuple(whole_shape(p, value.dtype, key))
+    whole, dtype = tuple(whole_shape(p, value.dtype, key)), value.dtype
     if is_dtensor(value):
         placed: Any = value
-        if placed.device_mesh != p.device_mesh:
-            placed = placed.full_tensor()
-        elif placed.placements != p.placements:
-            return placed.redistribute(placements=p.placements)
-        else:
-            return placed
-        value = placed
+        if is_dtensor(p) and placed.device_mesh == p.device_mesh:
+            if placed.placements == p.placements:
+                return placed
+            return placed.to(MOVED.get(dtype, dtype)).redistribute(placements=p.placements).to(dtype)
+        value = placed.to(MOVED.get(dtype, dtype)).full_tensor().to(dtype)
+    if not is_dtensor(p):
+        return value
     if tuple(value.shape) != whole:
         raise RuntimeError(
             f"optimizer state {key!r} of shape {tuple(value.shape)} is not the whole of a parameter of shape "

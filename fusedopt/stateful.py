@@ -5,12 +5,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from . import checkpoint, masters
+from . import checkpoint, masters, streams
 from .average import ema_parameters, refuse_swapped
+from .dcp import movable
 from .groups import GroupOptions
 from .offload import finish
+from .options import KEY
 from .segment import Segment, in_order
-from .shards import is_dtensor, movable, take
+from .shards import is_dtensor, take
 from .state import MASK
 from .stepper import Stepper
 from .support import check_supported
@@ -26,6 +28,7 @@ class Stateful(Stepper):
             RuntimeError: inside `swap_ema`.
         """
         refuse_swapped(self, "materialize_state()")
+        streams.assign(self)
         plan_groups = [GroupOptions(self.rule_of(group), group) for group in self.param_groups]
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -71,6 +74,9 @@ class Stateful(Stepper):
         if self._offload_state:
             finish()
         packed = super().state_dict()
+        for group in packed["param_groups"]:  # torch.distributed.checkpoint writes into what it is given
+            if KEY in group:
+                group[KEY] = _copied(group[KEY])
         if any(map(is_dtensor, self.state)):
             packed["state"] = {k: movable(v) if isinstance(v, dict) else v for k, v in packed["state"].items()}
         return packed
@@ -122,3 +128,8 @@ class Stateful(Stepper):
             RuntimeError: inside `swap_ema`.
         """
         masters.load_state_dict(self, values)
+
+
+def _copied(options: dict[str, Any]) -> dict[str, Any]:
+    """A group's options in new dicts."""
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in options.items()}

@@ -36,10 +36,11 @@ def assign(optimizer: "Stepper") -> None:
         made = list(streams)
         names = group.get("param_names")
         for i in range(len(streams), len(group["params"])):
-            stream = _hash(names[i]) if names else _free(first + i, taken)
+            stream = of_name(names[i]) if names else _free(first + i, taken)
             taken.add(stream)
             made.append(stream)
-        group[KEY] = {**group[KEY], STREAMS: made}
+        # the seed in words too: torch.distributed.checkpoint reads what the live group has
+        group[KEY] = {"seed": 0, **group[KEY], STREAMS: made}
 
 
 def _known(group: dict[str, Any]) -> list[int]:
@@ -47,7 +48,8 @@ def _known(group: dict[str, Any]) -> list[int]:
     return list(group.get(KEY, {}).get(STREAMS, ()))[: len(group["params"])]
 
 
-def _hash(name: str) -> int:
+def of_name(name: str) -> int:
+    """The stream of a parameter with a name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 

@@ -30,8 +30,8 @@ BAD: dict[str, tuple[str, Change]] = {
         lambda s: s.update(mean_q=s["exp_avg_q"], mean_scale=s["exp_avg_scale"]),
     ),
     "an unknown residual": (
-        "'param_residual' of dtype torch.int32 belongs to no weight format of torch.bfloat16",
-        lambda s: s.update(param_residual=s["param_residual"].int()),
+        "'param_residual' of dtype torch.int64 belongs to no weight format of torch.bfloat16",
+        lambda s: s.update(param_residual=s["param_residual"].long()),
     ),
     "a residual of another shape": (
         r"'param_residual' of shape \(47, 90\)",
