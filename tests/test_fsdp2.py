@@ -132,7 +132,7 @@ def _stages(rank: int, backend: str) -> None:
     own = [nn.Parameter(whole[rank].detach().clone())]
     options: dict[str, Any] = {"lr": 1e-2, "backend": backend, "clip_grad_norm": 0.1, "skip_norm_above": 50.0}
     one = fusedopt.AdamW(whole, **options)
-    stage = fusedopt.AdamW(own, norm_group=distributed.group.WORLD, **options)
+    stage: Any = fusedopt.AdamW(own, norm_group=distributed.group.WORLD, **options)
     twin = copy.deepcopy(stage)
     for scale in (1.0, 3.0, 100.0):
         for i, p in enumerate(whole):

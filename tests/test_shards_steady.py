@@ -8,8 +8,10 @@ import pytest
 import torch
 from test_steady import Operators
 from torch import distributed, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fusedopt
+from fusedopt.ranks import _route
 from fusedopt.upload import DeviceTable
 from fusedopt_kernels import launch
 
@@ -18,7 +20,6 @@ from fusedopt_kernels import launch
 def mesh() -> Iterator[Any]:
     """Four ranks, of which this is the second; collectives do nothing."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     yield init_device_mesh("cpu", (4,))
@@ -74,6 +75,21 @@ def test_warmup_prepares_what_a_step_launches(mesh: Any) -> None:
     assert model.recorder.compiles == ready > 0
     launched = {spec for spec, _, _ in model.recorder.record}
     assert launched <= {spec for _, spec in model.recorder._ready}
+
+
+def test_a_norm_joins_all_dims_of_a_mesh_that_is_a_part_of_the_job(mesh: Any) -> None:
+    """Of pipeline stages, say; where a mesh has all ranks, their own group is one all-reduce."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    assert _route([mesh]) == (mesh.get_group(),)
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    assert _route([mesh, square]) == (mesh.get_group(),) and _route([square]) == (distributed.group.WORLD,)
+    assert _route([square["dp"], square["tp"]]) is None
+    distributed.destroy_process_group()
+    distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
+    stages = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    stage: Any = stages["dp", "tp"]
+    assert _route([stage]) == (stage.get_group(0), stage.get_group(1))
 
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
