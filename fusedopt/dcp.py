@@ -80,7 +80,7 @@ def of_these(group: dict[str, Any], live: Mapping[str, Any], index: int) -> dict
             return group
         if not {*made}.isdisjoint(streams):  # of one of the groups that it is made of: all go by their names
             return {**group, KEY: {**group[KEY], STREAMS: made}}
-    elif streams is None or len(streams) == count:
+    elif streams is None or len(streams) <= count:  # fewer: others were stepped in its place (DeepSpeed's ZeRO-3)
         return group
     raise ValueError(
         f"param_groups[{index}] was put together from groups of other parameters, and which of their random streams "

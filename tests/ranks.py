@@ -19,7 +19,11 @@ def agree(file: str, tmp_path: Path, world: int = 2, *more: str) -> None:
         )
         for rank in range(world)
     ]
-    said = [process.communicate(timeout=300)[0] for process in running]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * world, "\n".join(said)
     assert all("all ranks agree" in text for text in said)
 

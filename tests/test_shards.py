@@ -31,21 +31,25 @@ def one_rank(store: str, rank: int, world: int) -> None:
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     meshes = _meshes()
-    for backend in ("eager", "triton")[: 1 + numerics.INTERPRETED]:
-        for name in ("every", "axes"):
-            _steps(fusedopt.AdamW, meshes, name, backend, torch.float32, clip_grad_norm=0.5, ema_decay=0.9)
-            _steps(fusedopt.AdamW, meshes, name, backend, torch.bfloat16, **_RANDOM, state_dtype="int8")
-        _steps(fusedopt.AdamW, meshes, "every", backend, torch.float32, clip_grad_norm=0.1, clip_scope="tensor")
-        _steps(fusedopt.AdamW, meshes, "every", backend, torch.float32, **_MEASURED)
-        _steps(fusedopt.AdamW, meshes, "rows", backend, torch.float32, **_MEASURED, norm_group=meshes["self"])
-        _steps(fusedopt.LAMB, meshes, "every", backend, torch.float32, weight_decay=0.1)
-        _steps(fusedopt.NovoGrad, meshes, "every", backend, torch.float32, weight_decay=0.1)
-        _steps(fusedopt.Lion, meshes, "rows", backend, torch.float32, cautious=True)
-        _steps(fusedopt.AdamW, meshes, "rows", backend, torch.bfloat16, master_weights="split8", state_dtype="int4")
-        _steps(fusedopt.SGD, meshes, "every", backend, torch.complex64, momentum=0.9, clip_grad_norm=0.5)
-        _skips(meshes, backend, rank)
-        _partial_gradients(meshes, backend)
-        _masks(meshes, backend)
+    adamw: Any = fusedopt.AdamW
+    for name in ("every", "axes"):
+        _steps(adamw, meshes, name, "eager", torch.float32, clip_grad_norm=0.5, ema_decay=0.9)
+        _steps(adamw, meshes, name, "eager", torch.bfloat16, **_RANDOM, state_dtype="int8")
+    _steps(adamw, meshes, "every", "eager", torch.float32, clip_grad_norm=0.1, clip_scope="tensor")
+    _steps(adamw, meshes, "every", "eager", torch.float32, **_MEASURED)
+    _steps(adamw, meshes, "rows", "eager", torch.float32, **_MEASURED, norm_group=meshes["self"])
+    _steps(fusedopt.LAMB, meshes, "every", "eager", torch.float32, weight_decay=0.1)
+    _steps(fusedopt.NovoGrad, meshes, "every", "eager", torch.float32, weight_decay=0.1)
+    _steps(fusedopt.Lion, meshes, "rows", "eager", torch.float32, cautious=True)
+    _steps(adamw, meshes, "rows", "eager", torch.bfloat16, master_weights="split8", state_dtype="int4")
+    _steps(fusedopt.SGD, meshes, "every", "eager", torch.complex64, momentum=0.9, clip_grad_norm=0.5)
+    _skips(meshes, "eager", rank)
+    _partial_gradients(meshes, "eager")
+    _masks(meshes, "eager")
+    if numerics.INTERPRETED:  # dear: one placement of each kind, two steps
+        _steps(adamw, meshes, "few", "triton", torch.float32, **_MEASURED, ema_decay=0.9)
+        _steps(adamw, meshes, "few", "triton", torch.bfloat16, **_RANDOM, state_dtype="int8", clip_grad_norm=0.5)
+        _steps(fusedopt.LAMB, meshes, "few", "triton", torch.float32, weight_decay=0.1)
     _refusals(meshes)
     ranks.finish()
 
@@ -77,6 +81,8 @@ def _placements(meshes: dict[str, Any], name: str) -> list[Any]:
     ]  # fmt: skip
     if name == "rows":
         return rows
+    if name == "few":
+        return [rows[1], (square, [Shard(0), Shard(1)]), None]
     if name == "axes":  # meshes of different ranks in one optimizer
         return [(meshes["dp"], [Shard(0)]), (meshes["tp"], [Shard(0)]), None, (meshes["tp"], [Replicate()])]
     return [*rows, (square, [Shard(0), Shard(1)]), (line, [Shard(1)]), (square, [Shard(1), Replicate()])]
@@ -103,7 +109,8 @@ class _Pair:
     def __init__(self, cls: Any, where: list[Any], backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         quantised = "state_dtype" in options
-        self.places = [(s, w) for w in where for s in SHAPES if _fits(s, w, quantised)]
+        shapes = SHAPES[::2] if backend == "triton" else SHAPES
+        self.places = [(s, w) for w in where for s in shapes if _fits(s, w, quantised)]
         self.whole = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, _ in self.places]
         self.placed = [nn.Parameter(_place(p.detach(), w)) for p, (_, w) in zip(self.whole, self.places, strict=True)]
         self.one, self.many = (
@@ -146,7 +153,7 @@ def _bits(t: Tensor) -> Tensor:
 
 def _steps(cls: Any, meshes: dict[str, Any], name: str, backend: str, dtype: torch.dtype, **options: Any) -> None:
     pair = _Pair(cls, _placements(meshes, name), backend, dtype, options)
-    for step in range(STEPS):
+    for step in range(2 if backend == "triton" else STEPS):
         pair.give(step)
         pair.one.step()
         pair.many.step()
