@@ -14,10 +14,13 @@ from .rules import RULES
 
 if TYPE_CHECKING:
     from .amp import GradScaler
+    from .batch_size import scale_adam, scale_lr
     from .clip import clip_grad_norm_, get_total_norm
     from .custom import Optimizer, make_rule
     from .flatten import flatten_, unflatten_
     from .foreign import import_state_dict
+    from .group_table import describe_groups
+    from .grouping import no_decay, param_groups
     from .optimizer import FusedOptimizer
     from .options import Options
     from .release_ddp import release_under_ddp
@@ -53,15 +56,17 @@ __all__ = [
     "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor", "Adagrad", "Adam",
     "AdamW", "AdamWScheduleFree", "Adamax", "Adan", "FusedOptimizer", "GradScaler", "Lion", "Muon", "NAdam", "NovoGrad",
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
-    "StableAdamW", "__version__", "clip_grad_norm_", "flatten_", "get_total_norm", "import_state_dict", "make_rule",
-    "release_under_ddp", "unflatten_",
+    "StableAdamW", "__version__", "clip_grad_norm_", "describe_groups", "flatten_", "get_total_norm",
+    "import_state_dict", "make_rule", "no_decay", "param_groups", "release_under_ddp", "scale_adam", "scale_lr",
+    "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {
     "FusedOptimizer": ".optimizer", "GradScaler": ".amp", "Optimizer": ".custom", "Options": ".options",
-    "Rule": ".rule", "Slot": ".rule", "clip_grad_norm_": ".clip", "flatten_": ".flatten", "get_total_norm": ".clip",
-    "import_state_dict": ".foreign", "make_rule": ".custom", "release_under_ddp": ".release_ddp",
-    "unflatten_": ".flatten",
+    "Rule": ".rule", "Slot": ".rule", "clip_grad_norm_": ".clip", "describe_groups": ".group_table",
+    "flatten_": ".flatten", "get_total_norm": ".clip", "import_state_dict": ".foreign", "make_rule": ".custom",
+    "no_decay": ".grouping", "param_groups": ".grouping", "release_under_ddp": ".release_ddp",
+    "scale_adam": ".batch_size", "scale_lr": ".batch_size", "unflatten_": ".flatten",
     **{cls: f".rules.{name}" for name, cls in RULES.items()},
 }  # fmt: skip
 

@@ -14,9 +14,18 @@ from typing import NoReturn
 
 from fusedopt import __version__
 
-EXTRA_MODULES = {"click", "rich", "matplotlib"}
+EXTRAS = {
+    **dict.fromkeys(("click", "rich", "matplotlib"), "cli"),
+    **dict.fromkeys(("optuna", "sqlalchemy", "scipy", "cmaes", "nevergrad"), "tune"),
+    **dict.fromkeys(("babel", "sacrebleu", "tokenizers"), "translate"),
+}
+"""Module → the extra of the package that installs it."""
 COMMANDS = {
-    "train": "Train a small language model on real text with a fused optimizer.",
+    "train": "Train a small language model or translator on real text with a fused optimizer.",
+    "compare": "Train one task with many optimizers, schedules, seeds, batch sizes; tabulate and plot the results.",
+    "tune": "Search for good hyper-parameters.",
+    "runs": "List past runs, show what differs between them, start a new one from an old one.",
+    "schedules": "List and draw the learning-rate schedules.",
     "verify": "Check every rule, dtype, format and backend of this machine against a float64 oracle.",
     "inspect": "Compile a rule's kernels and count launches, bytes and instructions, without a GPU.",
     "memory": "Count the memory that training a model holds, beside other packages' formats.",
@@ -28,9 +37,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     try:
         status = _run(list(sys.argv[1:] if args is None else args))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in EXTRA_MODULES:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
             raise
-        status = _fail(f"the command line needs {error.name}: pip install 'fusedopt[cli]'")
+        status = _fail(f"this command needs {error.name}: pip install 'fusedopt[{extra}]'")
     except KeyboardInterrupt:
         status = _fail("interrupted", status=130)
     except BrokenPipeError:  # `fusedopt … | head`: the reader has gone, nothing is wrong

@@ -12,7 +12,7 @@ import torch
 from train_command import SMALL, TEXT, Train, assert_refused, equal
 
 from fusedopt import cli
-from fusedopt.train import data
+from fusedopt.train import data, text
 from fusedopt.train.config import resolve
 from fusedopt.train.optimizers import DEFAULTS, make_schedule
 from fusedopt.train.trainer import Trainer
@@ -94,7 +94,7 @@ def test_schedule(schedule: str) -> None:
     """Warm-up to the peak, then the named curve; cosine and linear meet at half way and end at min_lr."""
     given = dict(schedule=schedule, steps=20, warmup_steps=4, lr=1.0, min_lr=0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = make_schedule(resolve(given, "cpu", DEFAULTS), optimizer)
+    scheduler = make_schedule(resolve(given, "cpu", DEFAULTS), optimizer, text.load((TEXT,)))
     lrs = []
     for _ in range(21):
         lrs.append(optimizer.param_groups[0]["lr"])
@@ -123,7 +123,8 @@ def test_each_epoch_visits_every_window_once_and_a_position_is_enough_to_continu
     again = data.Sampler(tokens, batch_size=3, seq_len=10, seed=5)
     again.position = 70 * 3
     assert equal(batches[70:], [again.next() for _ in range(10)])
-    assert torch.equal(batches[0][0][:, 1:], batches[0][1][:, :-1])
+    (inputs, targets), predictions = batches[0]
+    assert torch.equal(inputs[:, 1:], targets[:, :-1]) and predictions == targets.numel()
 
 
 BAD = {
@@ -199,7 +200,7 @@ def test_missing_extra_names_the_remedy(module: str) -> None:
     program = f"import sys; sys.modules[{module!r}] = None; from fusedopt.cli import main; main(['train'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"fusedopt: the command line needs {module}: pip install 'fusedopt[cli]'\n"
+    assert done.stderr == f"fusedopt: this command needs {module}: pip install 'fusedopt[cli]'\n"
 
 
 def test_help_names_every_option_by_section_and_imports_no_torch() -> None:
@@ -226,7 +227,7 @@ def test_top_level_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) 
 
 def test_validation_sees_no_dropout_and_leaves_no_trace() -> None:
     given = dict(hidden_size=16, num_layers=1, num_heads=2, max_seq_len=16, batch_size=4, dropout=0.5)
-    first, second = (Trainer(resolve(given, "cpu", DEFAULTS), "fusedopt", data.load_text((TEXT,))) for _ in range(2))
+    first, second = (Trainer(resolve(given, "cpu", DEFAULTS), "fusedopt", text.load((TEXT,))) for _ in range(2))
     assert first.evaluate() == first.evaluate() == second.evaluate()
     first.evaluate()
     for trainer in (first, second):

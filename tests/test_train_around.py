@@ -12,7 +12,7 @@ import torch
 from train_command import Train, assert_refused, equal
 
 from fusedopt.train import plot, progress
-from fusedopt.train.loop import METRICS
+from fusedopt.train.summary import METRICS
 from fusedopt.train.update import AroundStep, InStep, Update
 
 MEASURED = set(METRICS) - {"loss_scale"}
@@ -181,7 +181,7 @@ def panels(rows: list[dict[str, Any]], clip: float, folder: Path, monkeypatch: p
     made: list[Any] = []
     figure = plot.Figure
     monkeypatch.setattr(plot, "Figure", lambda **settings: made.append(figure(**settings)) or made[-1])
-    plot.plot_run(folder, rows, {"fusedopt": "ours"}, clip)
+    plot.plot_run(folder, rows, {"fusedopt": "ours"}, clip, "byte")
     return [axes.get_title() for axes in made[-1].axes[1:]]
 
 

@@ -21,7 +21,8 @@ from train_command import SMALL, Train, assert_refused, equal, reproducible
 from train_ranks import Rank, during_step, interrupt, restored
 
 from fusedopt import cli
-from fusedopt.train import data, parallel, plot
+from fusedopt.train import parallel, plot
+from fusedopt.train import text as text_task
 from fusedopt.train.config import resolve
 from fusedopt.train.optimizers import DEFAULTS
 from fusedopt.train.parallel import ALONE, Ranks
@@ -33,6 +34,8 @@ CURVE = ("--steps", STEPS, "--val-interval", 4, "--val-batches", 100, "--ema", 0
 FORMATS = ("--hidden-size", 32, "--dtype", "bf16", "--master", "split8", "--state", "int8", "--ema", 0.9)
 BROKEN = (*FORMATS, "--steps", 6, "--checkpoint-interval", 2, "--log-interval", 3, "--dropout", 0.1)
 AGAIN = ("--resume", "--hidden-size", 32)
+TRANSLATE = ("--task", "translate", "--max-seq-len", 12, "--steps", 6, "--val-interval", 1, "--val-batches", 3,
+             "--label-smoothing", 0.1, "--dropout", 0, "--dtype", "fp64", "--lr", 0.3, "--patience", 1)  # fmt: skip
 KILLED = ("--steps", STEPS, "--checkpoint-interval", 2, "--ema", 0.9)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
@@ -70,6 +73,7 @@ def test_two_ranks_train_as_one_process(train: Train) -> None:
     assert train(*CURVE, out="alone32", text=source).status == 0
     assert train(*CURVE, "--dtype", "fp64", out="alone64", text=source).status == 0
     assert train(*FORMATS, "--steps", 3, out="formats", text=source).status == 0
+    assert train(*TRANSLATE, out="translate", text=None).status == 0
     ranks.agree(__file__, train.folder)
 
     assert_one_curve(train.rows("alone64"), train.rows("ddp64"), 2.0**-53)
@@ -79,6 +83,7 @@ def test_two_ranks_train_as_one_process(train: Train) -> None:
     assert held[0]["weights"] == 8.0 and held[1]["weights"] == held[1]["gradients"] == 2.0
     assert max(row.get("largest_difference", 0.0) for row in train.rows("compared")) < 1e-5
 
+    assert_one_translation(train)
     assert_resumed_and_moved(train)
     assert train.state("stopped")["step"] == train.rows("stopped")[-1]["step"] == 3
 
@@ -137,6 +142,19 @@ def assert_one_curve(alone: list[dict[str, Any]], together: list[dict[str, Any]]
             assert other[name] == pytest.approx(one[name], rel=bound), (name, one["step"])
 
 
+def assert_one_translation(train: Train) -> None:
+    """Rows of a batch differ in length, and so ranks in what they predict; the best weights come back on both."""
+    alone, *together = (train.rows(out) for out in ("translate", "translate-ddp", "translate-fsdp"))
+    measured = [summary(train, out)["measured"] for out in ("translate", "translate-ddp", "translate-fsdp")]
+    assert 2 <= max(row["step"] for row in alone) < 6 and measured[0]["chrf_held_out"] >= 0
+    for rows in together:
+        assert [row["step"] for row in rows] == [row["step"] for row in alone]
+        for one, other in zip(alone, rows, strict=True):
+            for name in {"loss", "val_loss", "grad_norm"} & one.keys():
+                assert other[name] == pytest.approx(one[name], rel=1e-9), (name, one["step"])  # fp64, 6 steps
+    assert measured[0] == measured[1] == measured[2]
+
+
 def files(train: Train, out: str) -> set[str]:
     return {path.name for path in (train.folder / out).iterdir()}
 
@@ -161,7 +179,7 @@ def test_without_torchrun_there_is_nothing_parallel(train: Train, monkeypatch: p
 
 
 def test_each_rank_and_step_has_its_own_dropout(train: Train) -> None:
-    trainer = Trainer(resolve({}, "cpu", DEFAULTS), "fusedopt", data.load_text([str(text(train.folder))] * 5))
+    trainer = Trainer(resolve({}, "cpu", DEFAULTS), "fusedopt", text_task.load([str(text(train.folder))] * 5))
     seeds = []
     for rank, step in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 1)):
         trainer.ranks, trainer.steps_done = Ranks("none", rank, 2), step
@@ -178,6 +196,8 @@ def one_rank(rank: Rank) -> None:
     plot.plot_run = lambda *_: None  # takes longer than the training
     rank.done(*CURVE, "--parallel", "fsdp", out="fsdp32")
     rank.done(*CURVE, "--compare", "torch", "--parallel", "ddp", out="compared")
+    for mode in ("ddp", "fsdp"):
+        rank.done(*TRANSLATE, "--parallel", mode, out=f"translate-{mode}", text=None)
     _break_off_and_resume(rank, "fsdp", *BROKEN)
     rank.refused("ranks was 2 (fsdp), now 2 (ddp)", *AGAIN, "--parallel", "ddp", out="broken")
     rank.move("formats", "parts", "fsdp")
@@ -222,7 +242,7 @@ def _refuse(rank: Rank) -> None:
         ("--parallel fsdp: Muon works on whole matrices", "fsdp", "--optimizer", "muon"),
     ):
         rank.refused(message, "--parallel", mode, *args)
-    for name, message in (("nowhere.py", "does not exist"), ("other.py", "its text is not that of rank 0")):
+    for name, message in (("nowhere.py", "does not exist"), ("other.py", "its data is not that of rank 0")):
         rank.refused(message, "--parallel", "ddp", text=name if rank.number else "text.py")
 
 

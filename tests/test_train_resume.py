@@ -180,7 +180,7 @@ def test_what_would_not_be_exact_is_refused_unless_allowed(train: Train, monkeyp
     assert_refused(resume("--steps", 10), "past --steps 10")
 
     text.write_bytes(Path(TEXT).read_bytes().replace(b"self", b"this"))
-    assert_refused(resume(), "the text has changed")
+    assert_refused(resume(), "the data has changed")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -191,7 +191,7 @@ def test_what_would_not_be_exact_is_refused_unless_allowed(train: Train, monkeyp
         patch.setattr("fusedopt.__version__", "9.9")
         assert_refused(resume(), "version of fusedopt was")
     result = resume("--allow-inexact", "--lr", 0.01)
-    assert result.status == 0 and "not bit-exact: the text has changed" in result.out
+    assert result.status == 0 and "not bit-exact: the data has changed" in result.out
     assert train.state()["step"] == 24
 
 

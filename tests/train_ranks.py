@@ -11,9 +11,10 @@ from torch import distributed
 from train_command import SMALL, Result, assert_refused
 
 from fusedopt import cli
-from fusedopt.train import checkpoint, data, parallel
+from fusedopt.train import checkpoint, parallel, text
 from fusedopt.train.job import Job
 from fusedopt.train.parallel import Ranks
+from fusedopt.train.stopping import Stopping
 from fusedopt.train.trainer import Trainer
 
 
@@ -29,8 +30,9 @@ class Rank:
         parallel.dist.destroy_process_group = lambda: None
         parallel.time.sleep = lambda _: None
 
-    def __call__(self, *args: object, out: str, text: str = "text.py", silent: bool = True) -> Result:
-        words = ["train", *SMALL, "--text", self.folder / text, "--out", self.folder / out, *args]
+    def __call__(self, *args: object, out: str, text: str | None = "text.py", silent: bool = True) -> Result:
+        source = ["--text", self.folder / text] if text else []
+        words = ["train", *SMALL, *source, "--out", self.folder / out, *args]
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()) as error:
             try:
                 cli.main(list(map(str, words)))
@@ -41,9 +43,9 @@ class Rank:
             assert not (result.out or result.err), "only rank 0 prints"
         return result
 
-    def done(self, *args: object, out: str) -> Result:
+    def done(self, *args: object, out: str, text: str | None = "text.py") -> Result:
         """A run that must end well."""
-        result = self(*args, out=out)
+        result = self(*args, out=out, text=text)
         assert result.status == 0, result.err
         return result
 
@@ -59,15 +61,15 @@ class Rank:
         folder, ranks = self.folder / target, Ranks(mode, self.number, self.world, self.number)
         trainer = restored(self.folder / source, ranks)
         folder.mkdir(exist_ok=True)
-        job = Job(trainer.config, data.load_text(trainer.config.text), folder, {}, None, [], ranks)
-        checkpoint.save(job, trainer.steps_done, {"fusedopt": trainer})
+        job = Job(trainer.config, trainer.task, folder, {}, None, [], ranks)
+        checkpoint.save(job, trainer.steps_done, {"fusedopt": trainer}, Stopping(0).state_dict())
 
 
 def restored(folder: Path, ranks: Ranks) -> Trainer:
     """A trainer that has read the checkpoint of a folder."""
     saved = checkpoint.load(folder)
     assert saved is not None
-    trainer = Trainer(saved["config"], "fusedopt", data.load_text(saved["config"].text), ranks)
+    trainer = Trainer(saved["config"], "fusedopt", text.load(saved["config"].text), ranks)
     checkpoint.restore(trainer, saved, folder)
     return trainer
 

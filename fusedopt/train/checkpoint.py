@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = 1
-KEYS = {"format", "step", "config", "environment", "runs"}
+FORMAT = 2
+KEYS = {"format", "step", "config", "environment", "runs", "stopping"}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -45,22 +45,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
-def save(job: Job, step: int, trainers: dict[str, Trainer]) -> None:
-    """Write the checkpoint of a run, on every rank at once.
+def save(job: Job, step: int, trainers: dict[str, Trainer], stopping: dict[str, Any]) -> None:
+    """Write the checkpoint of a run, on every rank at once. stopping: state of early stopping.
 
     It is one file, with the states of `trainers` by "fusedopt" (and "torch"). Under fsdp weights and optimizer state
     lie in shards beside it, which are whole on the disk before the file names them.
     """
     ranks = job.ranks
     shards = sharded.save(job.folder, step, trainers, ranks) if ranks.mode == "fsdp" else None
-    ranks.together(lambda: _write(job, step, trainers, shards) if ranks.first else None)
+    ranks.together(lambda: _write(job, step, trainers, shards, stopping) if ranks.first else None)
 
 
-def _write(job: Job, step: int, trainers: dict[str, Trainer], shards: dict[str, Any] | None) -> None:
+def _write(
+    job: Job, step: int, trainers: dict[str, Trainer], shards: dict[str, Any] | None, stopping: dict[str, Any]
+) -> None:
     runs = {library: trainer.state_dict(tensors=shards is None) for library, trainer in trainers.items()}
     content = {"format": FORMAT, "step": step, "config": job.config.as_dict(), "environment": job.environment}
     buffer = io.BytesIO()
-    torch.save({**content, "runs": runs, "shards": shards}, buffer)
+    torch.save({**content, "runs": runs, "shards": shards, "stopping": stopping}, buffer)
     write_atomically(job.folder / FILE_NAME, buffer.getvalue())
     sharded.remove_others(job.folder, shards["folder"] if shards else None)
 
@@ -124,7 +126,7 @@ def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
         raise BadInput(f"checkpoint {folder / FILE_NAME} does not fit this version: {reason}") from None
 
 
-def describe_environment(config: TrainConfig, text_digest: str, ranks: Ranks) -> dict[str, Any]:
+def describe_environment(config: TrainConfig, digest: str, ranks: Ranks) -> dict[str, Any]:
     """What, besides the settings, the bits of a run depend on."""
     gpu = config.device != "cpu"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -133,7 +135,7 @@ def describe_environment(config: TrainConfig, text_digest: str, ranks: Ranks) ->
     versions = {"fusedopt": fusedopt.__version__, **{name: metadata.version(name) for name in ("torch", "numpy")}}
     versions["triton"] = "none" if config.backend == "eager" else metadata.version("triton")
     return {
-        "text": text_digest,
+        "data": digest,
         "ranks": str(ranks),
         "threads": torch.get_num_threads(),
         "processor": processor,
@@ -155,7 +157,7 @@ def check_continues(
     for name, now in environment.items():
         before = saved["environment"].get(name)
         if before != now:
-            inexact.append("the text has changed" if name == "text" else f"{name} was {before}, now {now}")
+            inexact.append("the data has changed" if name == "data" else f"{name} was {before}, now {now}")
     if inexact and not allow_inexact:
         remedy = "restore these (threads: OMP_NUM_THREADS), or add --allow-inexact"
         raise BadInput(f"resuming would not be bit-exact: {'; '.join(inexact)}: {remedy}")

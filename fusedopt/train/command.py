@@ -15,13 +15,14 @@ from .options import OPTIONS, SectionCommand
 if TYPE_CHECKING:
     from .job import Job
 
-HELP = """Train a small decoder-only Transformer on real text, byte by byte.
+HELP = """Train a small Transformer on real text.
 
-The text is the source code of Python's standard library on this machine, or your own files. Two CPU cores need
+Task text: a decoder-only model of bytes; the text is the source code of Python's standard library on this machine, or
+your own files. Task translate: French to English, on the catalogues that Django and Wagtail ship. Two CPU cores need
 about three minutes; with a GPU the model is larger, the kernels are compiled and the forward pass runs in bf16.
 
 The output folder receives metrics.jsonl (a line per step), loss.png (losses, norms, clipping), checkpoint.pt,
-config.json and summary.json.
+config.json and summary.json. What each option does, and when to change it: fusedopt/docs/hyperparameters.md.
 A run that was stopped, even by kill -9, continues with --resume and ends with the same bits.
 
 Under torchrun several processes train one model: each has its share of every batch, so that the loss is that of one
@@ -33,7 +34,9 @@ process (--resume --allow-inexact); nothing that was saved changes by it.
 Examples:
   fusedopt train
   fusedopt train --text *.txt --steps 2000 --hidden-size 256 --out runs/mine
+  fusedopt train --task translate --patience 3
   fusedopt train --optimizer sgd --lr 0.2 --schedule linear --compare torch
+  fusedopt train --config runs/tune/best.json --epochs 2 --batch-size 64 --lr-scaling sqrt
   fusedopt train --clip 0.5 --ema 0.999 --amp bf16
   fusedopt train --dtype bf16 --master split8 --state int8
   fusedopt train --resume
@@ -64,15 +67,16 @@ def _callback(parallel: str | None, resume: bool, overwrite: bool, allow_inexact
 command = SectionCommand("train", params=OPTIONS, callback=_callback, help=HELP)
 
 
-def train(parallel: str | None, given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool) -> int:
+def train(parallel: str | None, options: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool) -> int:
     """Settle the settings, check everything that can be checked before training, train, and report."""
     from . import job  # these import torch: not for --help
     from .parallel import connected, from_environment
+    from .settings import from_options
 
     ranks = from_environment(parallel, os.environ)
     settled, problem = None, None
     try:
-        settled = job.settle(given, resume, overwrite, allow_inexact, ranks)
+        settled = job.settle(from_options(options), resume, overwrite, allow_inexact, ranks)
     except BadInput as error:
         problem = error
     with connected(ranks):
@@ -86,41 +90,42 @@ def start(job: Job) -> int:
     """Run with a progress display, then plot and report. The exit status: 0, or 128 + the signal that stopped it."""
     from rich.console import Console
 
-    from . import loop, metrics, plot, progress
+    from . import loop, metrics, plot, progress, summary
 
     console = Console(quiet=not job.ranks.first)
     for line in [*introduction(job), *(f"not bit-exact: {note}" for note in job.inexact)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     with progress.ProgressView(console, job.config, job.start) as view:
-        trainers, stopped_by = loop.run(job, view)
+        run = loop.run(job, view)
     seconds = view.seconds
 
     def conclude() -> None:
-        names = {library: trainer.name for library, trainer in trainers.items()}
-        plot.plot_run(job.folder, metrics.read(job.folder), names, job.config.clip)
-        progress.report(console, loop.summarise(job, trainers), job.folder, seconds)
-        if stopped_by:
+        names = {library: trainer.name for library, trainer in run.trainers.items()}
+        plot.plot_run(job.folder, metrics.read(job.folder), names, job.config.clip, job.task.unit)
+        progress.report(console, summary.write(run), job.folder, seconds)
+        if run.signal:
             click.echo("fusedopt: stopped; continue with --resume", err=True)
 
     job.ranks.together(lambda: conclude() if job.ranks.first else None)
-    return 128 + stopped_by if stopped_by else 0
+    return 128 + run.signal if run.signal else 0
 
 
 def introduction(job: Job) -> list[str]:
     """What is about to be trained, and how."""
-    config, text, environment, step = job.config, job.text, job.environment, job.start
+    config, environment, step = job.config, job.environment, job.start
     size = f"hidden size {config.hidden_size}, {config.num_layers} layers, {config.num_heads} heads"
-    batch = f"batches of {config.batch_size} x {config.max_seq_len} bytes"
-    source = "your files" if config.text else "Python's standard library"
+    length = f"{config.max_seq_len} bytes" if config.task == "text" else f"up to {config.max_seq_len} tokens"
+    batch = f"batches of {config.batch_size} x {length}"
     kernels = {"eager": "eager backend"}.get(config.backend, f"Triton kernels {environment['kernels']}")
     clip = f", clipped at {config.clip:g}" if config.clip > 0 else ""
     ema = f", weights averaged with decay {config.ema:g}" if config.ema > 0 else ""
     master = f", master weights {config.master}{_rounding(config.master_rounding)}" if config.master != "off" else ""
     state = f", state {config.state}{_rounding(config.state_rounding)}" if config.state != "auto" else ""
     lines = [
-        f"text: {source}, {len(text.train) / 1e6:.2f} MB training + {len(text.validation) / 1e6:.2f} MB validation",
+        *job.task.describe(config),
         f"model: {size}, {config.dtype}{'' if config.amp == 'off' else ', autocast ' + config.amp}; {batch}",
-        f"optimizer: {config.optimizer}{clip}{ema}{master}{state}, {kernels} on {environment['processor']}, "
+        f"optimizer: {config.optimizer}, lr {config.lr:g} {config.schedule}{clip}{ema}{master}{state}, "
+        f"{kernels} on {environment['processor']}, "
         f"threads: {environment['threads']}",
     ]
     if not job.ranks.alone:

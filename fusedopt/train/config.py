@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .errors import BadInput
+from .. import schedules
+from .checks import check, option
+from .sizes import default_sizes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
-SCHEDULES = ("constant", "linear", "cosine")
 MASTERS = ("off", "float32", "split16", "split8", "kahan", "stochastic")
 STATES = ("auto", "float32", "bfloat16", "float16", "int8", "float8", "float8_e5m2", "int4")
 ROUNDINGS = ("nearest", "stochastic")
 DEFAULT_OUT = "runs/train"
 
 # A resumed run can never change these: the saved tensors would not fit.
-STRUCTURE = ("optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "master", "state", "compare")
+STRUCTURE = (
+    "task", "tokenizer", "vocabulary_size", "optimizer", "hidden_size", "num_layers", "num_heads", "dtype", "master",
+    "state", "compare",
+)  # fmt: skip
 # These do not touch the weights; `text` is compared by its hash instead of its name.
-FREE = ("out", "text", "val_interval", "val_batches", "log_interval", "checkpoint_interval")
-
-SIZES: dict[str, dict[str, Any]] = {
-    "cpu": dict(hidden_size=128, num_layers=4, num_heads=4, max_seq_len=128, batch_size=16, steps=1000, dropout=0.0),
-    "gpu": dict(hidden_size=512, num_layers=8, num_heads=8, max_seq_len=512, batch_size=64, steps=2000, dropout=0.1),
-    "interpreter": dict(
-        hidden_size=32, num_layers=2, num_heads=2, max_seq_len=32, batch_size=8, steps=100, dropout=0.0
-    ),
-}
+FREE = (
+    "out", "text", "lr_file", "patience", "val_interval", "val_batches", "log_interval", "checkpoint_interval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. Sizes are counts; `lr` is per step; `clip` is in gradient units; `clip` and `ema`:
-    0 = off. The roundings are "none" where nothing is rounded.
+    """Everything that decides a run. Sizes are counts; `lr` is per step; `clip` is in gradient units; `clip`, `ema` and
+    `patience`: 0 = off. The roundings are "none" where nothing is rounded.
     """
 
+    task: str
     text: tuple[str, ...]
+    tokenizer: str
+    vocabulary_size: int
     optimizer: str
     optimizer_args: dict[str, Any]
     lr: float
     schedule: str
+    schedule_args: dict[str, Any]
     warmup_steps: int
     min_lr: float
+    lr_file: str
     weight_decay: float
+    decay: str
+    l1: float
     clip: float
     ema: float
     steps: int
@@ -52,6 +56,8 @@ class TrainConfig:
     num_layers: int
     num_heads: int
     dropout: float
+    label_smoothing: float
+    patience: int
     seed: int
     device: str
     dtype: str
@@ -91,34 +97,46 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def resolve(given: dict[str, Any], device: str, optimizer_defaults: dict[str, dict[str, Any]]) -> TrainConfig:
-    """Fill what the user left open (None) with the defaults for this device.
+    """Fill what the user left open (None) with the defaults for this task and device, and check the result.
 
     `optimizer_defaults` maps a rule to its default lr, weight decay and further constructor arguments.
     """
+    config = fill(given, device, optimizer_defaults)
+    check(config)
+    return config
+
+
+def fill(given: dict[str, Any], device: str, optimizer_defaults: dict[str, dict[str, Any]]) -> TrainConfig:
+    """As `resolve`, unchecked."""
     values = {name: value for name, value in given.items() if value is not None}
     gpu = device != "cpu"
     backend = values.get("backend", "auto")
     if backend == "auto":
         backend = "triton" if gpu else "eager"
-    size = SIZES["gpu" if gpu else "interpreter" if backend == "triton" else "cpu"]
+    task = values.get("task", "text")
+    size = default_sizes(task, device, backend)
     optimizer = values.get("optimizer", "adamw")
     rule = {"lr": 1e-3, "weight_decay": 0.0, **optimizer_defaults.get(optimizer, {})}
     steps = values.get("steps", size["steps"])
     lr = values.get("lr", rule.pop("lr"))
+    schedule = values.get("schedule", "cosine")
+    min_lr = schedules.default_min_lr(schedule, lr) if schedule in schedules.NAMES else 0.0
     dtype = values.get("dtype", "fp32")
     master, state = values.get("master", "off"), values.get("state", "auto")
     defaults: dict[str, Any] = dict(
-        size, text=(), optimizer=optimizer, lr=lr, weight_decay=rule.pop("weight_decay"), schedule="cosine",
-        warmup_steps=steps // 20, min_lr=lr / 10, clip=1.0, ema=0.0, seed=0, dtype=dtype, compare="none",
+        size, task=task, text=(), optimizer=optimizer, lr=lr, weight_decay=rule.pop("weight_decay"), decay="own",
+        l1=0.0, schedule=schedule, schedule_args={},
+        warmup_steps=schedules.default_warmup_steps(schedule, steps), min_lr=min_lr, lr_file="", clip=1.0,
+        ema=0.0, patience=0, seed=0, dtype=dtype, compare="none",
         master=master, state=state, **default_roundings(master, state),
         amp="bf16" if gpu and dtype == "fp32" else "off",
         val_interval=max(1, steps // 10), val_batches=8, log_interval=10 if gpu else 1,
         checkpoint_interval=max(1, steps // 10), out=DEFAULT_OUT,
     )  # fmt: skip
+    if values.get("tokenizer") == "bytes":
+        defaults["vocabulary_size"] = 0
     optimizer_args = {**rule, **values.get("optimizer_args", {})}
-    config = from_dict({**defaults, **values, "optimizer_args": optimizer_args, "device": device, "backend": backend})
-    check(config)
-    return config
+    return from_dict({**defaults, **values, "optimizer_args": optimizer_args, "device": device, "backend": backend})
 
 
 def default_roundings(master: str, state: str) -> dict[str, str]:
@@ -130,76 +148,28 @@ def default_roundings(master: str, state: str) -> dict[str, str]:
 
 
 def override(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The saved settings with those that the user gave again. `backend="auto"` keeps the saved one."""
+    """The saved settings with those that the user gave again, unchecked.
+
+    `backend="auto"` keeps the saved one; with another schedule its arguments are given anew.
+    """
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("backend") == "auto":
         del values["backend"]
     values["optimizer_args"] = {**saved.optimizer_args, **values.get("optimizer_args", {})}
     before = saved.as_dict()
+    if values.get("schedule", saved.schedule) != saved.schedule:
+        before["schedule_args"] = {}
+    values["schedule_args"] = {**before["schedule_args"], **values.get("schedule_args", {})}
     if any(name in values and values[name] != before[name] for name in ("master", "state")):
         before.update(default_roundings(values.get("master", saved.master), values.get("state", saved.state)))
-    config = from_dict({**before, **values})
-    check(config)
-    return config
-
-
-def check(config: TrainConfig) -> None:
-    """Raise BadInput for the first setting that cannot work."""
-    counts = ("steps", "batch_size", "max_seq_len", "hidden_size", "num_layers", "num_heads")
-    for name in (*counts, "val_interval", "val_batches", "log_interval", "checkpoint_interval"):
-        if getattr(config, name) < 1:
-            raise BadInput(f"{option(name)} must be at least 1, not {getattr(config, name)}")
-    for name in ("lr", "min_lr", "weight_decay", "clip"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise BadInput(f"{option(name)} must be a finite number of at least 0, not {value}")
-    for name in ("warmup_steps", "seed"):
-        if getattr(config, name) < 0:
-            raise BadInput(f"{option(name)} must not be negative: {getattr(config, name)}")
-    if config.seed >= 2**63:
-        raise BadInput(f"--seed must be less than 2^63: {config.seed}")
-    if config.warmup_steps >= config.steps:
-        raise BadInput(f"--warmup-steps {config.warmup_steps} must be less than --steps {config.steps}")
-    if config.min_lr > config.lr:
-        raise BadInput(f"--min-lr {config.min_lr} must not exceed --lr {config.lr}")
-    if not 0.0 <= config.dropout < 1.0:
-        raise BadInput(f"--dropout must be at least 0 and less than 1, not {config.dropout}")
-    if not 0.0 <= config.ema < 1.0:
-        raise BadInput(f"--ema must be at least 0 (off) and less than 1, such as 0.999, not {config.ema}")
-    if config.hidden_size % config.num_heads:
-        raise BadInput(f"--num-heads {config.num_heads} does not divide --hidden-size {config.hidden_size}")
-    if config.hidden_size // config.num_heads % 2:
-        raise BadInput(
-            f"--hidden-size {config.hidden_size} over --num-heads {config.num_heads} gives heads of odd size "
-            f"{config.hidden_size // config.num_heads}: rotary positions need an even one"
-        )
-    if config.amp != "off" and config.dtype != "fp32":
-        raise BadInput(f"--amp {config.amp} is for fp32 weights, not for --dtype {config.dtype}")
-    check_formats(config)
-
-
-def check_formats(config: TrainConfig) -> None:
-    """Raise BadInput for a format of weights or state that would do nothing."""
-    if config.master != "off" and config.dtype != "bf16":
-        raise BadInput(f"--master {config.master} is for bf16 weights, not for {config.dtype}: add --dtype bf16")
-    if config.state != "auto" and config.dtype == "fp64":
-        raise BadInput(f"--state {config.state} is for fp32 and bf16 weights, not for --dtype fp64")
-    if config.master_rounding != "none" and config.master != "split8":
-        raise BadInput(f"--master-rounding {config.master_rounding} does nothing without --master split8")
-    if config.state_rounding != "none" and config.state in ("auto", "float32"):
-        raise BadInput(
-            f"--state-rounding {config.state_rounding} does nothing without a --state that rounds, such as int8"
-        )
-
-
-def option(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")
+    return from_dict({**before, **values})
 
 
 def differences(saved: TrainConfig, wanted: TrainConfig, names: tuple[str, ...] | None = None) -> list[str]:
     """One phrase per setting that differs, of `names`, else of all that influence the weights."""
     if names is None:
-        names = tuple(field.name for field in fields(TrainConfig) if field.name not in FREE + STRUCTURE)
+        watched = ("val_interval", "val_batches") if "plateau" in (saved.schedule, wanted.schedule) else ()
+        ignored = {*FREE, *STRUCTURE} - {*watched}
+        names = tuple(field.name for field in fields(TrainConfig) if field.name not in ignored)
     pairs = [(name, getattr(saved, name), getattr(wanted, name)) for name in names]
     return [f"{option(name)} was {old}, now {new}" for name, old, new in pairs if old != new]

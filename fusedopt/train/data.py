@@ -84,6 +84,11 @@ def windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tenso
     return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
+def windows_per_epoch(tokens: np.ndarray, seq_len: int) -> int:
+    """How many windows an epoch visits: from any offset, without one that would leave the text."""
+    return max(1, (len(tokens) - 1) // seq_len - 1)
+
+
 class Sampler:
     """Training batches: each epoch visits non-overlapping windows once, in a random order, from a random offset.
 
@@ -93,15 +98,16 @@ class Sampler:
 
     def __init__(self, tokens: np.ndarray, batch_size: int, seq_len: int, seed: int, rows: slice = slice(None)) -> None:
         self.tokens, self.batch_size, self.seq_len, self.seed, self.rows = tokens, batch_size, seq_len, seed, rows
-        self.per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
+        self.per_epoch = windows_per_epoch(tokens, seq_len)
         self.position = 0
         self._epoch, self._starts = -1, np.empty(0, np.int64)
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """The next batch of inputs and targets, each (number of rows, seq_len)."""
+    def next(self) -> tuple[tuple[Tensor, Tensor], int]:
+        """The next batch of inputs and targets, each (number of rows, seq_len), and the bytes that all rows predict."""
         starts = [self._start(self.position + i) for i in range(self.batch_size)]
         self.position += self.batch_size
-        return windows(self.tokens, np.array(starts[self.rows], np.int64), self.seq_len)
+        batch = windows(self.tokens, np.array(starts[self.rows], np.int64), self.seq_len)
+        return batch, self.batch_size * self.seq_len
 
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.per_epoch)

@@ -8,7 +8,19 @@ class BadInput(Exception):
 
 
 class Diverged(Exception):
-    """The loss is no longer finite. The message names the step."""
+    """The loss is no longer finite. The message names the step, which `step` is."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Stopped(Exception):
+    """A signal, whose number is `signal`, has ended a run after a checkpoint."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__("stopped")
+        self.signal = signal
 
 
 class Lost(Exception):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import require_interpreter
-from . import checkpoint, data
-from .config import DEFAULT_OUT, TrainConfig, override, resolve
+from . import checkpoint, settings, task
+from . import config as config_module
+from .checks import check
+from .config import DEFAULT_OUT, TrainConfig
 from .errors import BadInput
-from .optimizers import DEFAULTS, parse_arguments, rule_name
-from .parallel import UNCHOSEN, Ranks
+from .optimizers import DEFAULTS, check_schedule
+from .parallel import ALONE, UNCHOSEN, Ranks
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Job:
     """What to train, where, and from which checkpoint. inexact: why it will not continue that to the same bits."""
 
     config: TrainConfig
-    text: data.Text
+    task: task.Task
     folder: Path
     environment: dict[str, Any]
     saved: dict[str, Any] | None
@@ -33,36 +35,47 @@ class Job:
 
 
 def settle(given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: bool, ranks: Ranks) -> Job:
-    """The job that the options ask for. BadInput for what cannot work."""
+    """The job that settings ask for, `out` among them. BadInput for what cannot work."""
     if ranks.mode == UNCHOSEN:
         raise BadInput(
             f"torchrun started {ranks.world} ranks, and each would train by itself: add --parallel ddp or fsdp"
         )
     if resume and overwrite:
         raise BadInput("--resume continues a run, --overwrite starts it anew: choose one")
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
-    if "optimizer" in given:
-        given["optimizer"] = rule_name(given["optimizer"])
-    given["optimizer_args"] = parse_arguments(given.get("optimizer_arg", ()))
-    given["text"] = tuple(str(Path(name).absolute()) for name in given["text"]) if "text" in given else None
-    folder = Path(given.get("out", DEFAULT_OUT))
-    given["out"] = str(folder)
+    folder = Path(given.get("out") or DEFAULT_OUT)
+    given = {**settings.normalised(given), "out": str(folder)}
     if ranks.first:
         prepare_folder(folder, resume, overwrite)
     saved = checkpoint.load(folder) if resume else None
-    device = pick_device(given.pop("device", "auto"), saved["config"] if saved else None, ranks)
-    if saved:
-        config = override(saved["config"], {**given, "device": device})
-    else:
-        config = resolve(given, device, DEFAULTS)
-    check_parallel(config, ranks)
-    if config.backend == "triton" and device == "cpu":
-        require_interpreter()
-    text = data.load_text(config.text)
-    data.check_length(text, config.batch_size, config.max_seq_len)
-    environment = checkpoint.describe_environment(config, text.digest, ranks)
+    config, loaded = configure(given, saved["config"] if saved else None, ranks)
+    environment = checkpoint.describe_environment(config, loaded.digest, ranks)
     inexact = checkpoint.check_continues(saved, config, environment, allow_inexact) if saved else []
-    return Job(config, text, folder, environment, saved, inexact, ranks)
+    return Job(config, loaded, folder, environment, saved, inexact, ranks)
+
+
+def configure(given: dict[str, Any], saved: TrainConfig | None, ranks: Ranks = ALONE) -> tuple[TrainConfig, task.Task]:
+    """Every setting, and the task with its data: what `given` leaves open is as in `saved`, else by default."""
+    device = pick_device(given.pop("device", None) or "auto", saved, ranks)
+    given["device"] = device
+
+    def fill(values: dict[str, Any]) -> TrainConfig:
+        return config_module.override(saved, values) if saved else config_module.fill(values, device, DEFAULTS)
+
+    draft = fill({name: value for name, value in given.items() if name not in settings.BY_DATA})
+    if draft.backend == "triton" and device == "cpu":
+        require_interpreter()
+    loaded = task.load(draft.task, draft.text, draft.tokenizer, draft.vocabulary_size)
+    config = fill(settings.sized(given, draft, loaded))
+    check(config)
+    check_parallel(config, ranks)
+    loaded.check(config)
+    check_schedule(config, loaded)
+    return config, loaded
+
+
+def validated(given: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that `given` asks for, without running it. BadInput for what cannot work."""
+    return configure(settings.normalised(given), None)[0]
 
 
 def pick_device(wanted: str, saved: TrainConfig | None, ranks: Ranks) -> str:
@@ -102,13 +115,13 @@ def check_agreement(job: Job) -> None:
     Raises:
         BadInput, Reported: as `Ranks.check`.
     """
-    text, start = job.ranks.gather((job.environment["text"], job.start))[0]
+    text, start = job.ranks.gather((job.environment["data"], job.start))[0]
 
     def compare() -> None:
         if job.start != start:
             raise BadInput(f"{job.folder} holds another checkpoint than on rank 0: all ranks must share the folder")
-        if job.environment["text"] != text:
-            raise BadInput("its text is not that of rank 0: name files with --text that are the same everywhere")
+        if job.environment["data"] != text:
+            raise BadInput("its data is not that of rank 0: name files with --text that are the same everywhere")
         if job.saved:
             checkpoint.check_shards(job.folder, job.saved, job.ranks)
 

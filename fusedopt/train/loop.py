@@ -6,26 +6,23 @@ import json
 import math
 import os
 import signal
-import statistics
 import threading
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from . import checkpoint
+from . import best, checkpoint
 from .config import TrainConfig
 from .errors import Diverged
 from .job import Job
-from .metrics import MetricsLog, read
+from .metrics import MetricsLog
 from .parallel import Ranks
+from .stopping import Stopping
 from .trainer import StepRecord, Trainer, largest_difference, milliseconds
 
 Rows = list[dict[str, Any]]
-METRICS = (
-    "grad_norm", "clip_coefficient", "clipped_share", "param_norm", "update_norm", "update_ratio", "nonfinite_grads",
-    "nonfinite_steps", "skipped_steps", "loss_scale",
-)  # fmt: skip
 COUNTS = ("nonfinite_grads", "nonfinite_steps", "skipped_steps")
 
 
@@ -65,22 +62,44 @@ def make_deterministic(device: str) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def run(job: Job, view: View) -> tuple[dict[str, Trainer], int]:
-    """Train from where the job starts: the trainers, and 0 or the signal that stopped the run."""
+@dataclass
+class Run:
+    """A run under way, or over: signal: of what stopped it, else 0. measured: by the task, once it is over."""
+
+    job: Job
+    trainers: dict[str, Trainer]
+    stopping: Stopping
+    signal: int = 0
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def run(job: Job, view: View) -> Run:
+    """Train from where the job starts; when the run is over, restore the best weights if asked for, and measure."""
     config, ranks = job.config, job.ranks
     make_deterministic(config.device)
     libraries = ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",)
-    trainers = ranks.together(lambda: {library: Trainer(config, library, job.text, ranks) for library in libraries})
+    trainers = ranks.together(lambda: {library: Trainer(config, library, job.task, ranks) for library in libraries})
+    state = Run(job, trainers, Stopping(config.patience))
     if saved := job.saved:
         ranks.together(lambda: [checkpoint.restore(trainer, saved, job.folder) for trainer in trainers.values()])
+        state.stopping.load_state_dict(saved["stopping"])
     log = ranks.together(lambda: _open_log(job) if ranks.first else None)
     try:
         with StopRequest() as stop:
-            stopped_by = _train(job, trainers, log, view, stop)
+            _train(state, log, view, stop)
     finally:
         if log is not None:
             log.close()
-    return trainers, stopped_by
+    if not state.signal:
+        _conclude(state)
+    return state
+
+
+def _conclude(run: Run) -> None:
+    trainer = run.trainers["fusedopt"]
+    if run.stopping.patience and run.stopping.best_step:
+        run.job.ranks.together(lambda: best.restore(trainer, run.job.folder, run.stopping.best_step))
+    run.measured = trainer.measure()
 
 
 def _open_log(job: Job) -> MetricsLog:
@@ -91,32 +110,42 @@ def _open_log(job: Job) -> MetricsLog:
     return log
 
 
-def _train(job: Job, trainers: dict[str, Trainer], log: MetricsLog | None, view: View, stop: StopRequest) -> int:
-    """Step until done, or until a rank was asked to stop: by which signal, 0 if none."""
-    config, step, stopped_by = job.config, trainers["fusedopt"].steps_done, 0
+def _train(run: Run, log: MetricsLog | None, view: View, stop: StopRequest) -> None:
+    """Step until done, until validation shows no more progress, or until a rank was asked to stop."""
+    config, trainers, ranks, stopping = run.job.config, run.trainers, run.job.ranks, run.stopping
+    step = trainers["fusedopt"].steps_done
     if step == 0:
         _write(log, view, _evaluate(trainers, [{"run": library, "step": 0} for library in trainers]))
     pending: list[tuple[str, StepRecord]] = []
-    while step < config.steps and not stopped_by:
+    while step < config.steps and not run.signal and not stopping.stops:
         step += 1
         last = step == config.steps
         evaluate = last or step % config.val_interval == 0
         read = evaluate or step % config.log_interval == 0
         pending += [(library, trainer.step(measure=read)) for library, trainer in trainers.items()]
-        stopped_by = job.ranks.largest(stop.signal_number)
-        save = last or step % config.checkpoint_interval == 0 or bool(stopped_by)
-        if read or save:
-            rows = _rows(pending, config, job.ranks)
+        run.signal = ranks.largest(stop.signal_number)
+        if read or run.signal or step % config.checkpoint_interval == 0:
+            rows = _rows(pending, config, ranks)
             pending.clear()
             if evaluate or step == 1:
                 newest = rows[-len(trainers) :]
-                _evaluate(trainers, newest) if evaluate else _compare(trainers, newest)
+                _validate(run, newest) if evaluate else _compare(trainers, newest)
             _write(log, view, rows)
-        if save:
+        if last or step % config.checkpoint_interval == 0 or run.signal or stopping.stops:
             if log is not None:
                 log.flush(sync=True)
-            checkpoint.save(job, step, trainers)
-    return stopped_by
+            checkpoint.save(run.job, step, trainers, stopping.state_dict())
+            if ranks.first:
+                best.remove_others(run.job.folder, stopping.best_step)
+
+
+def _validate(run: Run, rows: Rows) -> None:
+    """Evaluate, tell schedules of the losses, and keep the weights when ours is the best one yet."""
+    for row in _evaluate(run.trainers, rows):
+        run.trainers[row["run"]].schedule.validated(row["val_loss"])
+    ours = next(row for row in rows if row["run"] == "fusedopt")
+    if run.stopping.see(ours["step"], ours["val_loss"]) and run.stopping.patience:
+        best.save(run.trainers["fusedopt"], run.job.folder, ours["step"])
 
 
 def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ranks) -> Rows:
@@ -135,7 +164,8 @@ def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ran
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or config.skips_steps):
             norm = f", gradient norm {grad_norm}" if "grad_norm" in metrics else ""
             raise Diverged(
-                f"{library}: loss {loss}{norm} at step {record.step}: try a lower --lr or more --warmup-steps"
+                f"{library}: loss {loss}{norm} at step {record.step}: try a lower --lr or more --warmup-steps",
+                record.step,
             )
         step_ms = milliseconds(record.step_marks)
         rows.append(
@@ -147,7 +177,7 @@ def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ran
                 **{name: _as_json(name, value) for name, value in metrics.items()},
                 "step_ms": round(step_ms, 4),
                 "optimizer_ms": round(milliseconds(record.optimizer_marks), 4),
-                "tokens_per_s": round(1e3 * config.batch_size * config.max_seq_len / step_ms),
+                "tokens_per_s": round(1e3 * record.predictions / step_ms),
             }
         )
     return rows
@@ -180,33 +210,3 @@ def _write(log: MetricsLog | None, view: View, rows: Rows) -> None:
             log.append(row)
         log.flush()
     view.update(rows)
-
-
-def summarise(job: Job, trainers: dict[str, Trainer]) -> dict[str, Any]:
-    """The run so far, mostly from metrics.jsonl, also written to summary.json. Times are medians in milliseconds,
-    bytes and times those of rank 0; metrics are those that were read last.
-    """
-    rows = read(job.folder)
-    last = max((row["step"] for row in rows), default=0)
-    summary: dict[str, Any] = {"step": last, "ranks": str(job.ranks), "runs": {}}
-    for library, trainer in trainers.items():
-        own = [row for row in rows if row["run"] == library]
-        validation = [row["val_loss"] for row in own if "val_loss" in row]
-        averaged = [row["val_loss_ema"] for row in own if "val_loss_ema" in row]
-        timed = [row for row in own if row["step"] > 1] or [row for row in own if row["step"] > 0]
-        summary["runs"][library] = {
-            "optimizer": trainer.name,
-            "val_loss_first": validation[0] if validation else None,
-            "val_loss_last": validation[-1] if validation else None,
-            "val_loss_ema_last": averaged[-1] if averaged else None,
-            "metrics": {name: row[name] for row in own for name in METRICS if name in row},
-            "bytes_per_parameter": trainer.bytes_per_parameter(),
-            "step_ms": statistics.median(row["step_ms"] for row in timed) if timed else None,
-            "optimizer_ms": statistics.median(row["optimizer_ms"] for row in timed) if timed else None,
-        }
-    compared = [row for row in rows if "largest_difference" in row and row["step"] > 0]
-    if compared:
-        keys = ("step", "largest_difference", "largest_difference_in")
-        summary["parameter_difference"] = [{key: row[key] for key in keys} for row in (compared[0], compared[-1])]
-    checkpoint.write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
-    return summary

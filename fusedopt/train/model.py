@@ -70,13 +70,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Bytes (batch, time) in, mean cross-entropy in nats per byte out."""
+    """Bytes (batch, time) in, mean cross-entropy in nats per byte out; labels are smoothed in training mode only."""
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, hidden_size: int, num_layers: int, num_heads: int, max_seq_len: int, dropout: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_layers: int, num_heads: int, max_seq_len: int, dropout: float,
+        label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.embedding = nn.Embedding(VOCABULARY, hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout) for _ in range(num_layers))
@@ -103,4 +107,5 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(x))
         if logits.dtype != torch.float64:
             logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)

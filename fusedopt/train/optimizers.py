@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 from collections.abc import Sequence
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 
 import fusedopt
 
+from .. import schedules
 from ..rules import RULES
 from .config import TrainConfig
 from .errors import BadInput
+from .parallel import ALONE, Ranks
+from .task import Task
 
 # What works on the default model; every other rule takes lr 1e-3 and its own constructor's defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -46,37 +47,45 @@ def rule_name(name: str) -> str:
     raise BadInput(f"unknown optimizer {name}{hint} (known: {', '.join(sorted(RULES))})")
 
 
-def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`("momentum=0.9", "betas=(0.9, 0.99)")` as keyword arguments."""
-    arguments = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if name in RESERVED:
-            raise BadInput(f"--optimizer-arg {name}: the command sets it itself, see --help")
-        try:
-            arguments[name] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            raise BadInput(f"--optimizer-arg takes NAME=VALUE with a Python literal, not {pair!r}") from None
-    return arguments
-
-
-def parameter_groups(model: nn.Module, weight_decay: float | None, muon: bool = False) -> list[dict[str, Any]]:
-    """Matrices with weight decay, norm gains without; None leaves it out.
+def parameter_groups(
+    model: nn.Module, decayed: dict[str, Any], kept: dict[str, Any], muon: bool = False
+) -> list[dict[str, Any]]:
+    """Matrices with the options `decayed`, norm gains with `kept`.
 
     muon: embedding and head, matrices that Muon is not meant for, in a group of their own that AdamW updates.
     """
+    blocks: Any = model.blocks
+    inside = {id(p) for block in blocks for p in block.parameters()}
     named = list(model.named_parameters())
-    outer = [(n, p) for n, p in named if p.ndim >= 2 and muon and not n.startswith("blocks.")]
-    inner = [(n, p) for n, p in named if p.ndim >= 2 and not (muon and not n.startswith("blocks."))]
+    outer = [(n, p) for n, p in named if p.ndim >= 2 and muon and id(p) not in inside]
+    inner = [(n, p) for n, p in named if p.ndim >= 2 and not (muon and id(p) not in inside)]
     gains = [(n, p) for n, p in named if p.ndim < 2]
-    members = [(inner, weight_decay), (gains, 0.0), *([(outer, weight_decay)] if muon else [])]
-    groups: list[dict[str, Any]] = [
-        {"params": params, **({} if weight_decay is None else {"weight_decay": decay})} for params, decay in members
-    ]
-    for group in groups[1:] if muon else []:
-        group["use_muon"] = False
-    return groups
+    apart = {"use_muon": False} if muon else {}
+    groups = [{"params": inner, **decayed}, {"params": gains, **kept, **apart}]
+    return [*groups, {"params": outer, **decayed, **apart}] if muon else groups
+
+
+def decay_arguments(config: TrainConfig, optimizer_class: type, accepted: Sequence[str]) -> dict[str, Any]:
+    """Arguments that choose the kind of weight decay; none for the optimizer's own. BadInput for a kind it has not."""
+    if config.decay == "own":
+        return {}
+    rule = getattr(fusedopt, RULES[config.optimizer]).rule
+    decoupled = config.decay == "decoupled"
+    if rule.decoupled_key in accepted:
+        return {rule.decoupled_key: decoupled}
+    if rule.decay == ("decoupled" if decoupled else "coupled"):
+        return {}
+    known = sorted(name for name in RULES if _has_decay(name, decoupled))
+    raise BadInput(
+        f"--decay {config.decay}: {optimizer_class.__name__} has none of this kind (these have: {', '.join(known)})"
+    )
+
+
+def _has_decay(name: str, decoupled: bool) -> bool:
+    cls = getattr(fusedopt, RULES[name])
+    parameters = inspect.signature(cls).parameters
+    own = cls.rule.decay == ("decoupled" if decoupled else "coupled")
+    return "weight_decay" in parameters and (own or cls.rule.decoupled_key in parameters)
 
 
 def switch_to_average(optimizer: torch.optim.Optimizer, average: bool) -> None:
@@ -111,8 +120,15 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
     weight_decay = config.weight_decay if "weight_decay" in accepted else None
     if weight_decay is None and config.weight_decay:
         raise BadInput(f"--weight-decay: {class_name} has none")
+    if config.l1 and library == "torch":
+        raise BadInput(f"--l1 with --compare torch: torch.optim's {class_name} has none")
+    decayed: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
+    kept: dict[str, Any] = dict.fromkeys(decayed, 0.0)
+    if config.l1:
+        decayed["l1"] = config.l1
+    arguments.update(decay_arguments(config, optimizer_class, accepted))
     try:
-        groups = parameter_groups(model, weight_decay, muon=config.optimizer == "muon" and library == "fusedopt")
+        groups = parameter_groups(model, decayed, kept, muon=config.optimizer == "muon" and library == "fusedopt")
         optimizer = optimizer_class(groups, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{class_name}: {error}") from error
@@ -161,18 +177,30 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     return f"{library}.{type(optimizer).__name__}{fused}"
 
 
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
-    """Linear warm-up over `warmup_steps`, then constant, or linear or cosine down to `min_lr` at the last step."""
-    length = max(1, config.steps - config.warmup_steps)
-    final = config.min_lr / config.lr if config.lr > 0 else 1.0
-    if config.schedule == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, T_max=length, eta_min=config.min_lr)
-    elif config.schedule == "linear":
-        main = lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=final, total_iters=length)
-    else:
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if config.warmup_steps == 0:
-        return main
-    start = 1.0 / (config.warmup_steps + 1)
-    warmup = lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=config.warmup_steps)
-    return lr_scheduler.SequentialLR(optimizer, [warmup, main], milestones=[config.warmup_steps])
+def make_schedule(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, task: Task, ranks: Ranks = ALONE
+) -> schedules.Schedule | schedules.Watched:
+    """The configured schedule, which the file ``lr_file`` overrides where there is one."""
+    schedule = schedules.make(
+        config.schedule, optimizer, steps=config.steps, warmup_steps=config.warmup_steps, min_lr=config.min_lr,
+        epoch_steps=epoch_steps(config, task), arguments=config.schedule_args,
+    )  # fmt: skip
+    if not config.lr_file:
+        return schedule
+    return schedules.Watched(schedule, optimizer, config.lr_file, agree=lambda entry: ranks.gather(entry)[0])
+
+
+def check_schedule(config: TrainConfig, task: Task) -> None:
+    """Raise BadInput for a schedule that cannot be."""
+    try:
+        schedules.check(
+            config.schedule, config.steps, config.warmup_steps, config.lr, config.min_lr, epoch_steps(config, task),
+            config.schedule_args,
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def epoch_steps(config: TrainConfig, task: Task) -> float:
+    """Steps in which every training example is seen once."""
+    return task.examples(config) / config.batch_size

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from .config import DEFAULT_OUT, DTYPES, MASTERS, ROUNDINGS, SCHEDULES, SIZES, STATES
+from .config import DEFAULT_OUT, DTYPES, MASTERS, ROUNDINGS, STATES
+from .sizes import COMMON, SIZES
+from .task import TASKS
 
 
 class SectionOption(click.Option):
@@ -23,7 +25,7 @@ class SectionCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record:
                 sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
         for title, records in sections.items():
@@ -49,10 +51,26 @@ def repeat_option(name: str, args: list[str]) -> list[str]:
     return result
 
 
+class BatchSize(click.ParamType):
+    """A number, or "full"."""
+
+    name = "integer or full"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Refuse everything else."""
+        return value if value == "full" else click.INT.convert(value, param, ctx)
+
+
 def by_machine(name: str) -> str:
-    """The defaults of a size, as the help shows them."""
-    cpu, gpu, interpreted = (SIZES[machine][name] for machine in ("cpu", "gpu", "interpreter"))
-    return f"[{cpu}; on a GPU {gpu}; interpreted {interpreted}]"
+    """The defaults of a size, as the help shows them: those of the tasks, if they differ, and on each machine."""
+    parts = []
+    for task in TASKS:
+        values = [{**COMMON[task], **SIZES[task][machine]}[name] for machine in ("cpu", "gpu", "interpreter")]
+        cpu, gpu, interpreted = values
+        parts.append(f"{cpu}" if cpu == gpu == interpreted else f"{cpu}; on a GPU {gpu}; interpreted {interpreted}")
+    first, *others = parts
+    named = [f"{task}: {part}" for task, part in zip(list(TASKS)[1:], others, strict=True) if part != first]
+    return f"[{'; '.join([first, *named])}]"
 
 
 def _option(name: str, text: str, type: Any = str, **settings: Any) -> dict[str, Any]:
@@ -69,36 +87,57 @@ def _choice(*names: str) -> click.Choice:
 
 SECTIONS: dict[str, list[dict[str, Any]]] = {
     "Data": [
+        _option("--task", f"{'; '.join(f'{name}: {what}' for name, what in TASKS.items())}. [text]", metavar="NAME"),
         _option("--text", "Train on these files. The last tenth of each is held out. [Python's own source files]",
                 multiple=True, metavar="FILE..."),
+        _option("--tokenizer", "How translate cuts sentences up: bpe (subwords) or bytes. [bpe]",
+                _choice("bpe", "bytes")),
+        _option("--vocabulary-size", f"Tokens of the bpe tokenizer. [{COMMON['translate']['vocabulary_size']}]", int),
     ],
     "Model": [
         _option("--hidden-size", f"Width of the model. {by_machine('hidden_size')}", int),
-        _option("--num-layers", f"Transformer blocks. {by_machine('num_layers')}", int),
+        _option("--num-layers", "Transformer blocks; with translate of the encoder and of the decoder each. "
+                f"{by_machine('num_layers')}", int),
         _option("--num-heads", f"Attention heads; must divide the width. {by_machine('num_heads')}", int),
-        _option("--max-seq-len", f"Bytes per sequence. {by_machine('max_seq_len')}", int),
+        _option("--max-seq-len", f"Bytes, or tokens, per sequence. {by_machine('max_seq_len')}", int),
         _option("--dropout", f"Dropout probability. {by_machine('dropout')}", float),
     ],
     "Training": [
         _option("--steps", f"Optimizer steps. {by_machine('steps')}", int),
-        _option("--batch-size", f"Sequences per step. {by_machine('batch_size')}", int),
+        _option("--epochs", "Passes over the training examples, instead of --steps.", float),
+        _option("--batch-size", f"Sequences per step, or full: all of them. {by_machine('batch_size')}", BatchSize()),
         _option("--seed", "Seed of weights, data order, dropout and random rounding. [0]", int),
         _option("--dtype", "Data type of the weights. [fp32]", _choice(*DTYPES)),
         _option("--amp", "Autocast of the forward pass; fp16 with a dynamic loss scale (slow without a GPU). [off; on "
                 "a GPU bf16]", _choice("off", "bf16", "fp16")),
+        _option("--label-smoothing", "Share of each label that is spread over all tokens. "
+                f"{by_machine('label_smoothing')}", float),
+        _option("--l1", "L1 penalty on the matrices, times sign(w) in the gradient; 0 = off. [0]", float),
         _option("--clip", "Clip the gradient to this global norm, in the optimizer's step; 0 = off. [1]", float,
                 metavar="NORM"),
         _option("--ema", "Average the weights with this decay, in the optimizer's step, and validate the average too; "
                 "0 = off. It starts smaller. [0]", float, metavar="DECAY"),
+        _option("--patience", "Stop after this many validations without a lower loss, and restore the weights of the "
+                "lowest; 0 = never. [0]", int, metavar="VALIDATIONS"),
         _option("--device", "Where to train. [auto: a GPU if there is one]", _choice("auto", "cpu", "cuda")),
     ],
     "Optimizer": [
         _option("--optimizer", "Update rule, such as adamw, adam or sgd. [adamw]", metavar="NAME"),
         _option("--lr", "Peak learning rate. [adam and adamw 0.002, sgd 0.1, others 0.001]", float),
-        _option("--schedule", "Learning rate after the warm-up. [cosine]", _choice(*SCHEDULES)),
+        _option("--lr-scaling", "Multiply the learning rate by how much larger the batch is than --base-batch-size, or "
+                "by the square root of that. [none]", _choice("none", "linear", "sqrt")),
+        _option("--base-batch-size", "The batch size that --lr is for, with --lr-scaling. [the default size]", int),
+        _option("--schedule", "How the learning rate changes: a name that `fusedopt schedules` lists. [cosine]",
+                metavar="NAME"),
+        _option("--schedule-arg", "An argument of the schedule, such as gamma=0.5; repeatable.", multiple=True,
+                metavar="NAME=VALUE"),
+        _option("--lr-file", "Watch this file: a learning rate written into it holds from the next step on. [none]",
+                metavar="FILE"),
         _option("--warmup-steps", "Steps of linear warm-up. [5 % of the steps]", int),
-        _option("--min-lr", "Learning rate at the end of linear and cosine. [lr / 10]", float),
+        _option("--min-lr", "Learning rate at the end of those that fall to one. [lr / 10]", float),
         _option("--weight-decay", "Weight decay of the matrices. [adamw 0.1, others 0]", float),
+        _option("--decay", "Kind of weight decay: l2 goes through the gradient, decoupled straight to the weights, own "
+                "is the optimizer's usual one. [own]", _choice("own", "l2", "decoupled")),
         _option("--master", "How bf16 weights keep what rounding would lose: in an fp32 copy, 16 (exact) or 8 bits "
                 "beside them, Kahan's compensation, or by rounding at random. [off]", _choice(*MASTERS)),
         _option("--master-rounding", "How --master split8 rounds to its 24 bits. [stochastic]", _choice(*ROUNDINGS)),
@@ -114,6 +153,8 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
                 _choice("none", "torch")),
     ],
     "Run": [
+        _option("--config", "Take settings from this JSON file, such as the config.json of a run or what `fusedopt "
+                "tune` found; options given here win. [none]", metavar="FILE"),
         _option("--parallel", "Under torchrun: a copy of the model on every rank (ddp), or parts of it (fsdp). "
                 "--batch-size is that of all ranks together. [one process]", _choice("ddp", "fsdp")),
         _option("--out", f"Output folder. [{DEFAULT_OUT}]", metavar="FOLDER"),
@@ -132,3 +173,9 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
 OPTIONS: list[click.Parameter] = [
     SectionOption(section=section, **settings) for section, options in SECTIONS.items() for settings in options
 ]
+
+
+def shared(*sections: str, without: tuple[str, ...] = ()) -> list[click.Parameter]:
+    """Options of some sections, for commands that train many times; `without` those with these names."""
+    found = [parameter for parameter in OPTIONS if getattr(parameter, "section", None) in sections]
+    return [parameter for parameter in found if parameter.name not in without]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .errors import BadInput, Diverged, Lost, Reported
-from .model import Transformer
+from .task import Batch
 
 UNCHOSEN = "unchosen"
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -100,8 +100,8 @@ class Ranks:
         """Which of a batch's rows are this rank's; as many for each rank as can be."""
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def wrap(self, model: Transformer) -> nn.Module:
-        """What to call for a training step, such that gradients are the mean over the ranks.
+    def wrap(self, model: nn.Module, batch: Batch) -> nn.Module:
+        """What to call for a training step, such that gradients are the mean over the ranks. batch: any.
 
         fsdp: changes `model` itself, whose parameters become DTensors, each rank with a part of every one. Under fp16
         the loss scale settles lower by the number of ranks: in each one's own mean a row weighs so many times more.
@@ -111,13 +111,13 @@ class Ranks:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.world,))
-            for block in model.blocks:
+            for block in model.blocks:  # pyright: ignore[reportGeneralTypeIssues] # a task's model has them
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
         if self.mode != "ddp":
             return model
         wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        _settle_buckets(wrapped, next(model.parameters()).device)
+        _settle_buckets(wrapped, batch)
         return wrapped
 
     def reshard(self, model: nn.Module) -> None:
@@ -177,11 +177,11 @@ def on_this_rank(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _settle_buckets(model: nn.parallel.DistributedDataParallel, device: torch.device) -> None:
+def _settle_buckets(model: nn.parallel.DistributedDataParallel, batch: Batch) -> None:
     """Let DDP see one backward pass: it then orders its buckets, and with them the sums over three or more ranks.
 
     Otherwise the first step after a resume would add in another order than the run without a break.
     """
-    tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model(tokens, tokens).backward()
+    device = next(model.parameters()).device
+    model(*(tensor[:1].to(device) for tensor in batch)).backward()
     model.zero_grad()

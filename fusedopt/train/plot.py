@@ -39,8 +39,10 @@ def smooth(values: Sequence[float], width: int) -> np.ndarray:
     return np.convolve(np.asarray(values), window, mode="same") / counts
 
 
-def plot_run(folder: Path, rows: list[dict[str, Any]], names: dict[str, str], clip: float) -> None:
-    """Draw `rows` of metrics.jsonl. `names` maps a run ("fusedopt", "torch") to its label; `clip`: 0 = off."""
+def plot_run(folder: Path, rows: list[dict[str, Any]], names: dict[str, str], clip: float, unit: str) -> None:
+    """Draw `rows` of metrics.jsonl. `names` maps a run ("fusedopt", "torch") to its label; `clip`: 0 = off; the loss is
+    in nats per `unit`.
+    """
     curves: Curves = defaultdict(list)
     for row in rows:
         for key, value in row.items():
@@ -50,7 +52,7 @@ def plot_run(folder: Path, rows: list[dict[str, Any]], names: dict[str, str], cl
     heights = [5.0, *[2.2] * -(-len(panels) // 2)]
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    axes = figure.add_subplot(grid[0, :], xlabel="step", ylabel="cross-entropy (nats per byte)")
+    axes = figure.add_subplot(grid[0, :], xlabel="step", ylabel=f"cross-entropy (nats per {unit})")
     _draw_losses(axes, curves, names)
     for i, name in enumerate(panels):
         _draw_metric(figure.add_subplot(grid[1 + i // 2, i % 2], sharex=axes), curves, name, clip)

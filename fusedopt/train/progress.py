@@ -90,12 +90,15 @@ def report(console: Console, summary: dict[str, Any], folder: Path, seconds: flo
     runs = summary["runs"]
     minutes, rest = divmod(round(seconds), 60)
     lines = [f"step {summary['step']} after {minutes} min {rest} s"]
+    if (best := summary["restored_step"]) is not None:
+        found = "stopped early: no lower loss since" if summary["stopped_early"] else "lowest validation loss at"
+        lines.append(f"{found} step {best}, whose weights are restored")
     for run in runs.values():
         if run["val_loss_first"] is not None:
             change = f"{run['val_loss_first']:.4f} -> {run['val_loss_last']:.4f}"
             average = run["val_loss_ema_last"]
             averaged = "" if average is None else f"; with averaged weights {average:.4f}"
-            lines.append(f"{run['optimizer']}: validation loss {change} nats per byte{averaged}")
+            lines.append(f"{run['optimizer']}: validation loss {change} nats per {summary['unit']}{averaged}")
         lines += [f"{run['optimizer']}: {line}" for line in around(run["metrics"])]
         held = run["bytes_per_parameter"]
         parts = ", ".join(f"{name} {size:.3g}" for name, size in held.items())

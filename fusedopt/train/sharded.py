@@ -120,17 +120,17 @@ def _read(state: dict[str, Any], path: Path, ranks: Ranks, partly: bool) -> None
 def load_whole(trainer: Trainer, state: dict[str, Any]) -> None:
     """As `load`, from the checkpoint of one process or of ddp: every rank has all of it, and takes its parts."""
     weights = _weights(trainer)
-    trainer.model.load_state_dict({name: _part(x, weights.get(name)) for name, x in state["model"].items()})
+    trainer.model.load_state_dict({name: part(x, weights.get(name)) for name, x in state["model"].items()})
     materialize(trainer.optimizer)
     params = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     entries = {
-        i: {key: _part(x, trainer.optimizer.state[params[i]].get(key)) for key, x in entry.items()}
+        i: {key: part(x, trainer.optimizer.state[params[i]].get(key)) for key, x in entry.items()}
         for i, entry in state["optimizer"]["state"].items()
     }
     trainer.optimizer.load_state_dict({**state["optimizer"], "state": entries})
 
 
-def _part(x: Any, like: Any) -> Any:
+def part(x: Any, like: Any) -> Any:
     """`x` spread over the ranks as `like` is. Nothing is sent: gloo would take no int16 and no float8."""
     if not isinstance(like, DTensor):
         return x

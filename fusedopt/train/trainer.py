@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from . import sharded
 from .config import DTYPES, TrainConfig
-from .data import Sampler, Text, validation_batches
-from .model import Transformer
 from .optimizers import describe, make_optimizer, make_schedule, switch_to_average
 from .parallel import ALONE, Ranks, on_this_rank
+from .task import Batch, Task, predictions
 from .update import AroundStep, InStep, Metrics
 
 AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,12 +27,13 @@ AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class StepRecord:
     """One step as it was issued. The loss may still be under way on the device; times are (start, end).
 
-    metrics: of the optimizer, empty unless asked for.
+    predictions: how many the whole batch has. metrics: of the optimizer, empty unless asked for.
     """
 
     step: int
     lr: float
     loss: Tensor
+    predictions: int
     metrics: Metrics
     step_marks: tuple[Any, Any]
     optimizer_marks: tuple[Any, Any]
@@ -45,39 +45,36 @@ class Trainer:
     Of several ranks each has its rows of every batch, and draws its own dropout.
     """
 
-    def __init__(self, config: TrainConfig, library: str, text: Text, ranks: Ranks = ALONE) -> None:
-        self.config, self.library, self.ranks = config, library, ranks
+    def __init__(self, config: TrainConfig, library: str, task: Task, ranks: Ranks = ALONE) -> None:
+        self.config, self.library, self.task, self.ranks = config, library, task, ranks
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
-        model = Transformer(config.hidden_size, config.num_layers, config.num_heads, config.max_seq_len, config.dropout)
-        self.model = model.to(device=self.device, dtype=getattr(torch, DTYPES[config.dtype]))
-        self.wrapped = ranks.wrap(self.model)
-        size, length = config.batch_size, config.max_seq_len
-        self.sampler = Sampler(text.train, size, length, config.seed, ranks.rows(size))
-        self.held_out = [
-            self._share(*batch) for batch in validation_batches(text.validation, size, length, config.val_batches)
-        ]
+        self.model = task.model(config).to(device=self.device, dtype=getattr(torch, DTYPES[config.dtype]))
+        self.held_out = [self._share(batch) for batch in task.held_out(config)]
+        self.wrapped = ranks.wrap(self.model, self.held_out[0][0])
+        self.sampler = task.sampler(config, ranks.rows(config.batch_size))
         self.optimizer = make_optimizer(config, library, self.model)
         if ranks.mode == "fsdp":
             sharded.materialize(self.optimizer)
         self.update = (InStep if library == "fusedopt" else AroundStep)(config, self.model, self.optimizer)
-        self.schedule = make_schedule(config, self.optimizer)
+        self.schedule = make_schedule(config, self.optimizer, task, ranks)
         self.name = describe(self.optimizer)
         self.steps_done = 0
 
-    def _share(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
-        """This rank's rows of a batch, and how many they are; where there is none one that does not count: every rank
-        runs the model equally often, as fsdp needs.
+    def _share(self, batch: Batch) -> tuple[Batch, int]:
+        """This rank's rows of a batch, and how many predictions they are; where there is no row one that does not
+        count: every rank runs the model equally often, as fsdp needs.
         """
-        rows = self.ranks.rows(len(tokens))
-        count = rows.stop - rows.start
-        return (tokens[rows], targets[rows], count) if count else (tokens[:1], targets[:1], 0)
+        rows = self.ranks.rows(len(batch[-1]))
+        own = tuple(tensor[rows] for tensor in batch)
+        return (own, predictions(own)) if rows.stop > rows.start else (tuple(tensor[:1] for tensor in batch), 0)
 
     def step(self, measure: bool = False) -> StepRecord:
         """One batch forward and backward, update, schedule. measure: record the optimizer's metrics."""
         self._seed_dropout()
         start = self._mark()
-        loss = self._loss(self.wrapped, *self.sampler.next())
+        batch, count = self.sampler.next()
+        loss = self._weighed(self._loss(self.wrapped, batch), batch, count)
         self.update.scale(loss).backward()
         before = self._mark()
         self.update.step()
@@ -87,10 +84,10 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.step()
         self.steps_done += 1
-        return StepRecord(self.steps_done, lr, loss.detach(), metrics, (start, after), (before, after))
+        return StepRecord(self.steps_done, lr, loss.detach(), count, metrics, (start, after), (before, after))
 
     def evaluate(self) -> dict[str, float]:
-        """Mean cross-entropy over the held-out windows, in nats per byte: of the weights, and of their average."""
+        """Mean cross-entropy over the held-out batches, in nats: of the weights, and of their average."""
         switch_to_average(self.optimizer, True)
         losses = {"val_loss": self._held_out_loss(self.model)}
         switch_to_average(self.optimizer, False)
@@ -100,24 +97,32 @@ class Trainer:
         return losses
 
     @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """What the task measures of a finished run."""
+        switch_to_average(self.optimizer, True)
+        self.model.eval()
+        measured = self.task.measure(self.model, self.config)
+        self.model.train()
+        self.ranks.reshard(self.model)
+        switch_to_average(self.optimizer, False)
+        return measured
+
+    @torch.no_grad()
     def _held_out_loss(self, model: nn.Module) -> float:
         model.eval()
-        losses = [(float(self._loss(model, tokens, targets)), n) for tokens, targets, n in self.held_out]
+        losses = [(float(self._loss(model, batch)), n) for batch, n in self.held_out]
         model.train()
         self.ranks.reshard(model)
         own = math.fsum(loss * n for loss, n in losses), float(sum(n for _, n in losses))
         total, count = self.ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return total / count
 
-    def bytes_per_parameter(self) -> dict[str, float]:
-        """What stays in memory of this rank, over the number of parameters; state: masters, scales and weight averages
-        too.
-        """
+    def held_bytes(self) -> dict[str, int]:
+        """What stays in memory of this rank; state: masters, scales and weight averages too."""
         weights = list(self.model.parameters())
         state = [x for entry in self.optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
         held = {"weights": weights, "gradients": weights, "state": [*state, *self.update.average_weights()]}
-        count = sum(p.numel() for p in weights)
-        return {name: round(sum(on_this_rank(x).nbytes for x in tensors) / count, 3) for name, tensors in held.items()}
+        return {name: sum(on_this_rank(x).nbytes for x in tensors) for name, tensors in held.items()}
 
     def state_dict(self, tensors: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on; tensors: weights and optimizer state too."""
@@ -166,11 +171,16 @@ class Trainer:
         numbers = self.config.seed, self.steps_done, self.ranks.rank
         torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
-    def _loss(self, model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         dtype = AUTOCAST[self.config.amp]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return model(tokens, targets)
+            return model(*(tensor.to(self.device) for tensor in batch))
+
+    def _weighed(self, loss: Tensor, batch: Batch, count: int) -> Tensor:
+        """This rank's mean such that the mean over the ranks is that of the whole batch: rows differ in predictions."""
+        if self.ranks.alone:
+            return loss
+        return loss * (predictions(batch) * self.ranks.world / count)
 
     def _mark(self) -> Any:
         """A point in time: on a GPU an event of its stream, so that nothing waits."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.train import text
 from fusedopt.train.config import resolve
-from fusedopt.train.data import load_text
 from fusedopt.train.optimizers import DEFAULTS
 from fusedopt.train.trainer import Trainer
 
@@ -46,7 +46,7 @@ class Recording:
 
 def trainer(run: str, steps: int, seed: int = 0) -> Trainer:
     """A run of the default job on the CPU."""
-    return Trainer(resolve({**RUNS[run], "steps": steps, "seed": seed}, "cpu", DEFAULTS), "fusedopt", load_text(()))
+    return Trainer(resolve({**RUNS[run], "steps": steps, "seed": seed}, "cpu", DEFAULTS), "fusedopt", text.load(()))
 
 
 def matrices(job: Trainer) -> list[Tensor]:

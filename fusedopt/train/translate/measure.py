@@ -1,0 +1,48 @@
+"""How good translations are: chrF and BLEU, beside what no translator would get, and some translations to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .corpus import Pair
+
+PERMUTATIONS = 5
+SAMPLES = 6
+
+
+def measure(
+    translate: Callable[[list[str]], list[str]], train: Sequence[Pair], held_out: Sequence[Pair]
+) -> dict[str, Any]:
+    """Scores from 0 to 100 on all held-out pairs and on as many training pairs, drawn by a fixed seed.
+
+    copy: the French source as its translation. chance: the model's translations given to other sentences of the same
+    part, the mean of five permutations.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    generator = np.random.default_rng(0)
+    count = len(held_out)
+    parts = {"train": _draw(train, count, generator), "held_out": _draw(held_out, count, generator)}
+    measured: dict[str, Any] = {}
+    samples: list[dict[str, str]] = []
+    for part, pairs in parts.items():
+        sources, references = ([*texts] for texts in zip(*pairs, strict=True))
+        own = translate(sources)
+        others = [own[shift:] + own[:shift] for shift in range(1, 1 + PERMUTATIONS)]
+        for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+            score, *chance, copy = (metric.corpus_score(texts, [references]).score for texts in (own, *others, sources))
+            scores = {"": score, "copy_": copy, "chance_": statistics.mean(chance)}
+            measured.update({f"{name}_{of}{part}": round(value, 2) for of, value in scores.items()})
+            measured[f"{name}_signature"] = str(metric.get_signature())
+        texts = zip(sources[:SAMPLES], references[:SAMPLES], own[:SAMPLES], strict=True)
+        samples += [{"part": part, "source": s, "reference": r, "translation": t} for s, r, t in texts]
+    return {**measured, "samples": samples}
+
+
+def _draw(pairs: Sequence[Pair], count: int, generator: np.random.Generator) -> list[Pair]:
+    return [pairs[i] for i in generator.permutation(len(pairs))[:count]]
