@@ -90,9 +90,10 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
         _option("--task", f"{'; '.join(f'{name}: {what}' for name, what in TASKS.items())}. [text]", metavar="NAME"),
         _option("--text", "Train on these files. The last tenth of each is held out. [Python's own source files]",
                 multiple=True, metavar="FILE..."),
-        _option("--tokenizer", "How translate cuts sentences up: bpe (subwords) or bytes. [bpe]",
+        _option("--tokenizer", "How translate cuts text: bpe, learnt from the training part, or bytes. [bpe]",
                 _choice("bpe", "bytes")),
-        _option("--vocabulary-size", f"Tokens of the bpe tokenizer. [{COMMON['translate']['vocabulary_size']}]", int),
+        _option("--vocabulary-size", "Tokens of bpe. Less for little text, where rare tokens are hardly learnt. "
+                f"[{COMMON['translate']['vocabulary_size']}]", int),
     ],
     "Model": [
         _option("--hidden-size", f"Width of the model. {by_machine('hidden_size')}", int),
@@ -104,40 +105,43 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "Training": [
         _option("--steps", f"Optimizer steps. {by_machine('steps')}", int),
-        _option("--epochs", "Passes over the training examples, instead of --steps.", float),
-        _option("--batch-size", f"Sequences per step, or full: all of them. {by_machine('batch_size')}", BatchSize()),
+        _option("--epochs", "Passes over the training examples, instead of --steps; rounded up to whole steps.", float),
+        _option("--batch-size", f"Sequences per step; full = all training examples. {by_machine('batch_size')}",
+                BatchSize()),
         _option("--seed", "Seed of weights, data order, dropout and random rounding. [0]", int),
         _option("--dtype", "Data type of the weights. [fp32]", _choice(*DTYPES)),
         _option("--amp", "Autocast of the forward pass; fp16 with a dynamic loss scale (slow without a GPU). [off; on "
                 "a GPU bf16]", _choice("off", "bf16", "fp16")),
-        _option("--label-smoothing", "Share of each label that is spread over all tokens. "
+        _option("--label-smoothing", "Share of each target that is spread over all tokens, in training only. "
                 f"{by_machine('label_smoothing')}", float),
-        _option("--l1", "L1 penalty on the matrices, times sign(w) in the gradient; 0 = off. [0]", float),
+        _option("--l1", "L1 penalty: adds this times sign(w) to the gradient of matrices; 0 = off. [0]", float),
         _option("--clip", "Clip the gradient to this global norm, in the optimizer's step; 0 = off. [1]", float,
                 metavar="NORM"),
         _option("--ema", "Average the weights with this decay, in the optimizer's step, and validate the average too; "
                 "0 = off. It starts smaller. [0]", float, metavar="DECAY"),
-        _option("--patience", "Stop after this many validations without a lower loss, and restore the weights of the "
-                "lowest; 0 = never. [0]", int, metavar="VALIDATIONS"),
+        _option("--patience", "Stop after this many validations without a new lowest loss, and restore the weights "
+                "of the lowest; 0 = never. [0]", int, metavar="VALIDATIONS"),
         _option("--device", "Where to train. [auto: a GPU if there is one]", _choice("auto", "cpu", "cuda")),
     ],
     "Optimizer": [
         _option("--optimizer", "Update rule, such as adamw, adam or sgd. [adamw]", metavar="NAME"),
-        _option("--lr", "Peak learning rate. [adam and adamw 0.002, sgd 0.1, others 0.001]", float),
-        _option("--lr-scaling", "Multiply the learning rate by how much larger the batch is than --base-batch-size, or "
-                "by the square root of that. [none]", _choice("none", "linear", "sqrt")),
-        _option("--base-batch-size", "The batch size that --lr is for, with --lr-scaling. [the default size]", int),
-        _option("--schedule", "How the learning rate changes: a name that `fusedopt schedules` lists. [cosine]",
+        _option("--lr", "Peak learning rate. [adam, adamw and muon 0.002, sgd 0.1, others 0.001]", float),
+        _option("--lr-scaling", "Multiply --lr by k (linear, for SGD) or its square root (sqrt, for Adam), k being "
+                "--batch-size over --base-batch-size. [none]", _choice("none", "linear", "sqrt")),
+        _option("--base-batch-size", "Batch size that --lr was chosen for; needs --lr-scaling. [the default batch "
+                "size]", int),
+        _option("--schedule", "How the learning rate changes; `fusedopt schedules` lists and draws them. [cosine]",
                 metavar="NAME"),
-        _option("--schedule-arg", "An argument of the schedule, such as gamma=0.5; repeatable.", multiple=True,
-                metavar="NAME=VALUE"),
-        _option("--lr-file", "Watch this file: a learning rate written into it holds from the next step on. [none]",
-                metavar="FILE"),
-        _option("--warmup-steps", "Steps of linear warm-up. [5 % of the steps]", int),
-        _option("--min-lr", "Learning rate at the end of those that fall to one. [lr / 10]", float),
+        _option("--schedule-arg", "An argument of the schedule, such as gamma=0.5; repeatable. [`fusedopt "
+                "schedules` shows them]", multiple=True, metavar="NAME=VALUE"),
+        _option("--lr-file", "Watch this file: a learning rate written into it holds from the next step on. "
+                "[none]", metavar="FILE"),
+        _option("--warmup-steps", "Steps of linear warm-up. [5 % of the steps; one_cycle has its own]", int),
+        _option("--min-lr", "Learning rate at the end of those that fall to one, lower limit of others. [lr / 10; "
+                "0]", float),
         _option("--weight-decay", "Weight decay of the matrices. [adamw 0.1, others 0]", float),
-        _option("--decay", "Kind of weight decay: l2 goes through the gradient, decoupled straight to the weights, own "
-                "is the optimizer's usual one. [own]", _choice("own", "l2", "decoupled")),
+        _option("--decay", "Kind of weight decay: l2 adds to the gradient, decoupled shrinks the weights beside the "
+                "step, own is the optimizer's. [own]", _choice("own", "l2", "decoupled")),
         _option("--master", "How bf16 weights keep what rounding would lose: in an fp32 copy, 16 (exact) or 8 bits "
                 "beside them, Kahan's compensation, or by rounding at random. [off]", _choice(*MASTERS)),
         _option("--master-rounding", "How --master split8 rounds to its 24 bits. [stochastic]", _choice(*ROUNDINGS)),
@@ -153,8 +157,8 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
                 _choice("none", "torch")),
     ],
     "Run": [
-        _option("--config", "Take settings from this JSON file, such as the config.json of a run or what `fusedopt "
-                "tune` found; options given here win. [none]", metavar="FILE"),
+        _option("--config", "Settings from a JSON file: a run's config.json or the best of `fusedopt tune`. Options "
+                "given here win. [none]", metavar="FILE"),
         _option("--parallel", "Under torchrun: a copy of the model on every rank (ddp), or parts of it (fsdp). "
                 "--batch-size is that of all ranks together. [one process]", _choice("ddp", "fsdp")),
         _option("--out", f"Output folder. [{DEFAULT_OUT}]", metavar="FOLDER"),
