@@ -45,7 +45,7 @@ def test_what_depends_on_the_data_becomes_numbers() -> None:
         (dict(epochs=1, steps=5), "--epochs and --steps"),
         (dict(epochs=0), "--epochs must be a finite number above 0, not 0"),
         (dict(base_batch_size=8), "--base-batch-size 8 does nothing without --lr-scaling"),
-        (dict(lr_scaling="sqrt", base_batch_size=0), "--lr-scaling sqrt: "),
+        (dict(lr_scaling="sqrt", base_batch_size=0), "--base-batch-size must be at least 1, not 0"),
     ],
 )
 def test_sizes_that_cannot_be(given: dict[str, Any], message: str) -> None:
@@ -70,13 +70,14 @@ BAD = {
     "schedule's phases": (["--steps", "9", "--schedule", "piecewise", "--schedule-arg", "boundaries=(5, 90)"],
                           "piecewise"),
     "config": (["--config", "nowhere.json"], "no such file"),
+    "lr file": (["--lr-file", "nowhere/lr"], "its folder does not exist"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input(train: Train, args: list[str], message: str) -> None:
     assert_refused(train(*args, text=None if "--text" in args or "translat" in args else TEXT), message)
-    assert not (train.folder / "run" / "metrics.jsonl").exists()
+    assert not (train.folder / "run").exists()
 
 
 def optimizer(**given: Any) -> torch.optim.Optimizer:
@@ -109,6 +110,18 @@ def test_a_file_of_settings_is_the_options_and_options_win(train: Train) -> None
     assert train("--config", file, "--optimizer", "lion", "--schedule", "cosine", out="lion").status == 0
     changed = json.loads((train.folder / "lion" / "config.json").read_text())
     assert (changed["optimizer_args"], changed["schedule_args"]) == ({}, {})
+
+
+def test_a_file_gives_the_batch_size_that_its_rate_is_for_and_arguments_of_its_optimizer(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    given = {"lr": 0.01, "batch_size": 4, "optimizer_args": {"betas": [0.8, 0.9]}, "optimizer": "adamw"}
+    file.write_text(json.dumps(given))
+    found = settings.from_options({"config": str(file), "lr_scaling": "sqrt", "batch_size": 16, "optimizer": "AdamW"})
+    assert settings.sized(found, fill({}, "cpu", DEFAULTS), TASK)["lr"] == 0.02
+    assert found["optimizer_args"] == {"betas": (0.8, 0.9)}
+    file.write_text('{"optimizer_args": {"eps": 1e-6}}')
+    assert settings.from_options({"config": str(file), "optimizer": "adamw"})["optimizer_args"] == {"eps": 1e-6}
+    assert "optimizer_args" not in settings.from_options({"config": str(file), "optimizer": "adam"})
 
 
 def test_the_session_is_the_command(train: Train) -> None:

@@ -104,7 +104,7 @@ def picture(names: Sequence[str], path: Path, given: dict[str, Any]) -> int:
     runs = _runs(names, given)
     import matplotlib  # noqa: F401 a missing one shows before torch is imported
 
-    from fusedopt.train.checkpoint import write_atomically
+    from fusedopt.train.files import write_atomically
 
     from . import plot
 

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from . import sharded
-from .checkpoint import write_atomically
 from .errors import BadInput
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -16,6 +16,7 @@ import fusedopt
 from . import sharded
 from .config import STRUCTURE, TrainConfig, differences, from_dict
 from .errors import BadInput
+from .files import write_atomically
 from .parallel import Ranks
 
 if TYPE_CHECKING:
@@ -25,24 +26,6 @@ if TYPE_CHECKING:
 FILE_NAME = "checkpoint.pt"
 FORMAT = 2
 KEYS = {"format", "step", "config", "environment", "runs", "stopping"}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: at any moment, also after a power cut, it holds the old or the new bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from None
 
 
 def save(job: Job, step: int, trainers: dict[str, Trainer], stopping: dict[str, Any]) -> None:

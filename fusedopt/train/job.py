@@ -12,7 +12,7 @@ from . import config as config_module
 from .checks import check
 from .config import DEFAULT_OUT, TrainConfig
 from .errors import BadInput
-from .optimizers import DEFAULTS, check_schedule
+from .optimizers import DEFAULTS, check_optimizer, check_schedule
 from .parallel import ALONE, UNCHOSEN, Ranks
 
 
@@ -44,10 +44,10 @@ def settle(given: dict[str, Any], resume: bool, overwrite: bool, allow_inexact: 
         raise BadInput("--resume continues a run, --overwrite starts it anew: choose one")
     folder = Path(given.get("out") or DEFAULT_OUT)
     given = {**settings.normalised(given), "out": str(folder)}
-    if ranks.first:
-        prepare_folder(folder, resume, overwrite)
     saved = checkpoint.load(folder) if resume else None
     config, loaded = configure(given, saved["config"] if saved else None, ranks)
+    if ranks.first:
+        prepare_folder(folder, resume, overwrite)
     environment = checkpoint.describe_environment(config, loaded.digest, ranks)
     inexact = checkpoint.check_continues(saved, config, environment, allow_inexact) if saved else []
     return Job(config, loaded, folder, environment, saved, inexact, ranks)
@@ -70,6 +70,7 @@ def configure(given: dict[str, Any], saved: TrainConfig | None, ranks: Ranks = A
     check_parallel(config, ranks)
     loaded.check(config)
     check_schedule(config, loaded)
+    check_optimizer(config)
     return config, loaded
 
 

@@ -16,6 +16,7 @@ import torch
 from . import best, checkpoint
 from .config import TrainConfig
 from .errors import Diverged
+from .files import write_atomically
 from .job import Job
 from .metrics import MetricsLog
 from .parallel import Ranks
@@ -87,6 +88,10 @@ def run(job: Job, view: View) -> Run:
     try:
         with StopRequest() as stop:
             _train(state, log, view, stop)
+    except Diverged as error:
+        if ranks.first:
+            write_atomically(job.folder / "summary.json", json.dumps({"diverged": error.step}).encode() + b"\n")
+        raise
     finally:
         if log is not None:
             log.close()
@@ -106,7 +111,7 @@ def _open_log(job: Job) -> MetricsLog:
     if not job.saved:
         checkpoint.remove(job.folder)  # before the metrics that it belongs to
     log = MetricsLog(job.folder, job.start if job.saved else -1)
-    checkpoint.write_atomically(job.folder / "config.json", json.dumps(job.config.as_dict(), indent=1).encode() + b"\n")
+    write_atomically(job.folder / "config.json", json.dumps(job.config.as_dict(), indent=1).encode() + b"\n")
     return log
 
 
@@ -163,8 +168,9 @@ def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ran
         grad_norm = metrics.get("grad_norm", 0.0)
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or config.skips_steps):
             norm = f", gradient norm {grad_norm}" if "grad_norm" in metrics else ""
+            who = f"{library}: " if config.compare == "torch" else ""
             raise Diverged(
-                f"{library}: loss {loss}{norm} at step {record.step}: try a lower --lr or more --warmup-steps",
+                f"{who}loss {loss}{norm} at step {record.step}: try a lower --lr or more --warmup-steps",
                 record.step,
             )
         step_ms = milliseconds(record.step_marks)

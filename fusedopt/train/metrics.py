@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from .checkpoint import write_atomically
 from .errors import BadInput
+from .files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 

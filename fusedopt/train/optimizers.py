@@ -14,7 +14,7 @@ import fusedopt
 
 from .. import schedules
 from ..rules import RULES
-from .config import TrainConfig
+from .config import DTYPES, TrainConfig
 from .errors import BadInput
 from .parallel import ALONE, Ranks
 from .task import Task
@@ -135,6 +135,22 @@ def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch
     if library == "fusedopt" and config.state != "auto" and not _keeps_averages(optimizer):
         raise BadInput(f"--state {config.state} does nothing: {class_name} keeps no averages with these arguments")
     return optimizer
+
+
+class Smallest(nn.Module):
+    """A matrix in a block, one outside, and a gain: what optimizers tell apart in a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(2, 2), nn.LayerNorm(2, bias=False)
+        self.blocks = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise BadInput for an optimizer that cannot be made, before there is a model."""
+    model = Smallest().to(config.device, getattr(torch, DTYPES[config.dtype]))
+    for library in ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",):
+        make_optimizer(config, library, model)
 
 
 def formats(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 
 FILE_NAME = "loss.png"
 COLOURS = {"fusedopt": "tab:blue", "torch": "tab:orange"}

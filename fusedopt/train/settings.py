@@ -32,12 +32,16 @@ def from_options(options: dict[str, Any]) -> dict[str, Any]:
             given["schedule_args"] = schedules.parse_arguments(given.pop("schedule_arg"))
         except ValueError as error:
             raise BadInput(f"--schedule-arg: {error}") from None
-    read = settings_file.read(Path(given.pop("config"))) if "config" in given else {}
+    read = settings_file.read(given.pop("config")) if "config" in given else {}
+    if given.get("lr_scaling", "none") != "none" and isinstance(read.get("batch_size"), int):
+        given.setdefault("base_batch_size", read["batch_size"])  # the file's learning rate is for that
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if one in given and other not in given:
             read.pop(other, None)
     for name, chosen in (("optimizer_args", "optimizer"), ("schedule_args", "schedule")):
-        same = given.get(chosen, read.get(chosen)) == read.get(chosen)
+        usual = {"optimizer": "adamw", "schedule": "cosine"}[chosen]
+        before = str(read.get(chosen, usual)).lower()
+        same = str(given.get(chosen, before)).lower() == before
         if name in read and not same:
             del read[name]  # they are the other optimizer's, or schedule's
         elif name in read and name in given:
@@ -65,6 +69,10 @@ def normalised(given: dict[str, Any]) -> dict[str, Any]:
         given["optimizer"] = rule_name(given["optimizer"])
     if "task" in given:
         given["task"] = task_name(given["task"])
+    if given.get("lr_file"):
+        given["lr_file"] = str(Path(given["lr_file"]).absolute())
+        if not Path(given["lr_file"]).parent.is_dir():
+            raise BadInput(f"--lr-file {given['lr_file']}: its folder does not exist")
     if "text" in given:
         given["text"] = tuple(str(Path(name).absolute()) for name in given["text"])
     for name in ("optimizer_args", "schedule_args"):
@@ -99,6 +107,8 @@ def sized(given: dict[str, Any], draft: TrainConfig, task: Task) -> dict[str, An
             raise BadInput(f"--base-batch-size {base} does nothing without --lr-scaling linear or sqrt")
         return given
     base = usual if base is None else base
+    if base < 1:
+        raise BadInput(f"--base-batch-size must be at least 1, not {base}")
     lr = given.get("lr", DEFAULTS.get(draft.optimizer, {}).get("lr", 1e-3))
     try:
         return {**given, "lr": scale_lr(lr, base, batch_size, rule)}

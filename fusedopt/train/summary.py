@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from .files import write_atomically
 from .loop import Run
 from .metrics import read
 from .trainer import Trainer
@@ -33,6 +33,7 @@ def write(run: Run) -> dict[str, Any]:
         "step": max((row["step"] for row in rows), default=0),
         "unit": job.task.unit,
         "ranks": str(job.ranks),
+        "environment": job.environment,
         "stopped_early": run.stopping.stops,
         "restored_step": run.stopping.best_step if config.patience and not run.signal else None,
         "seconds": round(sum(row.get("step_ms", 0.0) for row in rows) / 1e3, 3),
@@ -46,7 +47,7 @@ def write(run: Run) -> dict[str, Any]:
     if compared:
         keys = ("step", "largest_difference", "largest_difference_in")
         summary["parameter_difference"] = [{key: row[key] for key in keys} for row in (compared[0], compared[-1])]
-    checkpoint.write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+    write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
     return summary
 
 
