@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .rules import RULES
 
 if TYPE_CHECKING:
+    from . import schedules
     from .amp import GradScaler
     from .batch_size import scale_adam, scale_lr
     from .clip import clip_grad_norm_, get_total_norm
@@ -58,7 +59,7 @@ __all__ = [
     "Optimizer", "Options", "RAdam", "RMSprop", "Rprop", "Rule", "SGDScheduleFree", "Slot", "SparseAdam",
     "StableAdamW", "__version__", "clip_grad_norm_", "describe_groups", "flatten_", "get_total_norm",
     "import_state_dict", "make_rule", "no_decay", "param_groups", "release_under_ddp", "scale_adam", "scale_lr",
-    "unflatten_",
+    "schedules", "unflatten_",
 ]  # fmt: skip
 
 _HOMES = {
@@ -72,6 +73,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "schedules":
+        return importlib.import_module(".schedules", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name], __name__), name)

@@ -51,10 +51,8 @@ def test_wheel_holds_exactly_the_two_packages(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {*SOURCES, info}
     assert f"{info}/licenses/LICENSE" in names
     for package, folder in SOURCES.items():
-        files = {
-            f"{package}/{path.relative_to(folder)}"
-            for path in [*folder.rglob("*.py"), folder / "py.typed", *folder.rglob("*.md")]
-        }
+        patterns = ("*.py", "py.typed", "*.md", "*.png", "*.json")
+        files = {f"{package}/{path.relative_to(folder)}" for p in patterns for path in folder.rglob(p)}
         assert files == {name for name in names if name.startswith(f"{package}/")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -121,6 +122,7 @@ def fill(given: dict[str, Any], device: str, optimizer_defaults: dict[str, dict[
     lr = values.get("lr", rule.pop("lr"))
     schedule = values.get("schedule", "cosine")
     min_lr = schedules.default_min_lr(schedule, lr) if schedule in schedules.NAMES else 0.0
+    batch_size = max(1, values.get("batch_size", size["batch_size"]))
     dtype = values.get("dtype", "fp32")
     master, state = values.get("master", "off"), values.get("state", "auto")
     defaults: dict[str, Any] = dict(
@@ -130,7 +132,8 @@ def fill(given: dict[str, Any], device: str, optimizer_defaults: dict[str, dict[
         ema=0.0, patience=0, seed=0, dtype=dtype, compare="none",
         master=master, state=state, **default_roundings(master, state),
         amp="bf16" if gpu and dtype == "fp32" else "off",
-        val_interval=max(1, steps // 10), val_batches=8, log_interval=10 if gpu else 1,
+        val_interval=max(1, steps // 10), val_batches=math.ceil(8 * size["batch_size"] / batch_size),
+        log_interval=10 if gpu else 1,
         checkpoint_interval=max(1, steps // 10), out=DEFAULT_OUT,
     )  # fmt: skip
     if values.get("tokenizer") == "bytes":

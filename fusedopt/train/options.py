@@ -171,7 +171,7 @@ SECTIONS: dict[str, list[dict[str, Any]]] = {
         _option("--val-interval", "Steps between validations. [steps / 10]", int, metavar="STEPS"),
         _option("--log-interval", "Steps between readings of loss and metrics. [1; on a GPU 10]", int,
                 metavar="STEPS"),
-        _option("--val-batches", "Batches per validation. [8]", int),
+        _option("--val-batches", "Batches per validation. [8 of the default size, as many examples of any other]", int),
     ],
 }  # fmt: skip
 OPTIONS: list[click.Parameter] = [

@@ -1,0 +1,1 @@
+"""`fusedopt compare`: optimizers × schedules × seeds (× batch sizes) on one task."""
