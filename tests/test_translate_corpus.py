@@ -160,3 +160,8 @@ def test_the_tokenizer_and_the_digest_depend_on_training_pairs_and_settings() ->
 def test_impossible_vocabularies_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         tokens.make(name, size, TEXTS)
+
+
+def test_what_occurs_once_is_no_piece() -> None:
+    with pytest.raises(BadInput, match=f"yield {tokens.SMALLEST},"):
+        tokens.byte_pairs(["abcd"], tokens.SMALLEST + 1)

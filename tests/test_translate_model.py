@@ -161,14 +161,20 @@ def test_cached_decoding_gives_the_same_logits() -> None:
     source, inputs, _ = collate(EXAMPLES)
     cache = Cache([Past() for _ in range(LAYERS)])
     parts = [model(source, inputs[:, t : t + 1], cache=cache) for t in range(inputs.shape[1])]
+    assert all(past.source is not None for past in cache.pasts)  # computed once
     torch.testing.assert_close(torch.cat(parts, 1), model(source, inputs), rtol=1e-12, atol=1e-13)
 
 
 def test_translations_are_the_likeliest_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the sources, whatever the batches: each token is the best one after those before."""
-    model = translator()
+    model = translator(std=0.25)
     sources = [[3, 4, 5, 6, 7], [10], [4, 4], [9, 8, 7, 6], [11, 11, 3]]
     found = decode.translate(model, sources, 12)
+    called = []
+    counting = model.register_forward_hook(lambda *_: called.append(1))
+    assert decode.translate(model, sources[:4], 12) == found[:4]
+    counting.remove()
+    assert len(called) == 1 + max(map(len, found[:4])) < 12 == len(found[4])  # some end, and some reach the limit
     monkeypatch.setattr(decode, "ROWS", 2)
     assert decode.translate(model, sources, 12) == found
     assert len({*map(len, found)}) > 1

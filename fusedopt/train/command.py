@@ -102,7 +102,8 @@ def start(job: Job) -> int:
     def conclude() -> None:
         names = {library: trainer.name for library, trainer in run.trainers.items()}
         plot.plot_run(job.folder, metrics.read(job.folder), names, job.config.clip, job.task.unit)
-        progress.report(console, summary.write(run), job.folder, seconds)
+        measured = job.task.report(run.measured) if run.measured else []
+        progress.report(console, summary.write(run), measured, job.folder, seconds)
         if run.signal:
             click.echo("fusedopt: stopped; continue with --resume", err=True)
 

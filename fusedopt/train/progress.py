@@ -85,8 +85,8 @@ def around(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
-def report(console: Console, summary: dict[str, Any], folder: Path, seconds: float) -> None:
-    """Print the result: losses, the comparison when there was one, and where the files are."""
+def report(console: Console, summary: dict[str, Any], measured: list[str], folder: Path, seconds: float) -> None:
+    """Print the result: losses, what the task has measured, the comparison, if any, and where the files are."""
     runs = summary["runs"]
     minutes, rest = divmod(round(seconds), 60)
     lines = [f"step {summary['step']} after {minutes} min {rest} s"]
@@ -104,6 +104,7 @@ def report(console: Console, summary: dict[str, Any], folder: Path, seconds: flo
         parts = ", ".join(f"{name} {size:.3g}" for name, size in held.items())
         where = "" if summary["ranks"] == "1" else " on each rank"
         lines.append(f"{run['optimizer']}: {sum(held.values()):.3g} bytes per parameter{where}: {parts}")
+    lines += measured
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     if "parameter_difference" in summary:
         table = Table("", *(run["optimizer"] for run in runs.values()), title="comparison, same seed")

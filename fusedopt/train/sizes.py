@@ -13,7 +13,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "interpreter": dict(hidden_size=32, num_layers=2, num_heads=2, max_seq_len=32, batch_size=8, steps=100),
     },
     "translate": {
-        "cpu": dict(hidden_size=128, num_layers=2, num_heads=4, max_seq_len=64, batch_size=32, steps=1000),
+        "cpu": dict(hidden_size=128, num_layers=2, num_heads=4, max_seq_len=64, batch_size=32, steps=1500),
         "gpu": dict(hidden_size=256, num_layers=4, num_heads=8, max_seq_len=128, batch_size=64, steps=2000),
         "interpreter": dict(hidden_size=32, num_layers=1, num_heads=2, max_seq_len=32, batch_size=8, steps=50),
     },

@@ -73,6 +73,10 @@ class Task(Protocol):
         """What a finished run is measured by besides its loss; the model is in evaluation mode."""
         ...
 
+    def report(self, measured: dict[str, Any]) -> list[str]:
+        """What `measure` has found, in lines to print."""
+        ...
+
 
 def predictions(batch: Batch) -> int:
     """How many targets of a batch count."""

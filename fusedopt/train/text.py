@@ -50,6 +50,9 @@ class TextTask:
     def measure(self, model: nn.Module, config: TrainConfig) -> dict[str, Any]:
         return {}
 
+    def report(self, measured: dict[str, Any]) -> list[str]:
+        return []
+
 
 def load(files: Sequence[str]) -> TextTask:
     """BadInput for files that cannot be read."""

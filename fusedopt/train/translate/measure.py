@@ -46,3 +46,17 @@ def measure(
 
 def _draw(pairs: Sequence[Pair], count: int, generator: np.random.Generator) -> list[Pair]:
     return [pairs[i] for i in generator.permutation(len(pairs))[:count]]
+
+
+def report(measured: dict[str, Any]) -> list[str]:
+    """What `measure` has found, in lines to print."""
+    parts = {"held_out": "held-out", "train": "training"}
+    lines = []
+    for metric, title in (("chrf", "chrF"), ("bleu", "BLEU")):
+        for part, name in parts.items():
+            own, copy, chance = (measured[f"{metric}_{of}{part}"] for of in ("", "copy_", "chance_"))
+            lines.append(f"{title}, {name} pairs: {own:.1f}; the source copied {copy:.1f}, chance {chance:.1f}")
+    for sample in sorted(measured["samples"], key=lambda sample: [*parts].index(sample["part"])):
+        right = "as the reference" if sample["translation"] == sample["reference"] else f"not: {sample['reference']}"
+        lines.append(f"{parts[sample['part']]}: {sample['source']} → {sample['translation']} ({right})")
+    return lines

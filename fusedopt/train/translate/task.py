@@ -14,7 +14,7 @@ from ..errors import BadInput
 from . import batches, corpus, tokens
 from .corpus import Corpus, Pair
 from .decode import translate
-from .measure import measure
+from .measure import measure, report
 from .model import Sizes, Translator
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ class TranslateTask:
 
         train, held_out = ([pair for pair, _ in part] for part in self._parts(config))
         return measure(by_model, train, held_out)
+
+    def report(self, measured: dict[str, Any]) -> list[str]:
+        return report(measured)
 
     def _parts(self, config: TrainConfig) -> list[Part]:
         """Training and held-out part without what is too long."""

@@ -67,10 +67,10 @@ class Pieces:
         return hashlib.sha256(self.learnt.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return [SPECIALS + i for i in self.learnt.encode(text, add_special_tokens=False).ids]
+        return [SPECIALS + i for i in self.learnt.encode(text).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.learnt.decode([i - SPECIALS for i in ids], skip_special_tokens=False)
+        return self.learnt.decode([i - SPECIALS for i in ids])
 
 
 def byte_pairs(texts: Iterable[str], size: int) -> Pieces:
