@@ -8,6 +8,7 @@ import pytest
 import torch
 from train_command import SMALL, TEXT, Train, assert_refused, equal
 
+from fusedopt import FusedOptimizer
 from fusedopt.train import session, settings, text
 from fusedopt.train.config import fill, resolve
 from fusedopt.train.errors import BadInput
@@ -80,9 +81,11 @@ def test_bad_input(train: Train, args: list[str], message: str) -> None:
     assert not (train.folder / "run").exists()
 
 
-def optimizer(**given: Any) -> torch.optim.Optimizer:
+def optimizer(**given: Any) -> FusedOptimizer:
     config = resolve({**given, "hidden_size": 16, "num_layers": 1, "num_heads": 2}, "cpu", DEFAULTS)
-    return make_optimizer(config, "fusedopt", TASK.model(config))
+    made = make_optimizer(config, "fusedopt", TASK.model(config))
+    assert isinstance(made, FusedOptimizer)
+    return made
 
 
 def test_kinds_of_decay_and_l1_reach_the_matrices_alone() -> None:

@@ -118,8 +118,8 @@ def test_scores_of_translators_that_are_known() -> None:
     copied = copying["chrf_copy_held_out"]
     assert lines[0].startswith(f"chrF, held-out pairs: {copied:.1f}; the source copied {copied:.1f}, chance ")
     sample = copying["samples"][6]
-    assert lines[4] == "held-out: {source} → {source} (not: {reference})".format(**sample)
-    assert len(lines) == 4 + 12 and report(perfect)[-1].endswith("(as the reference)")
+    assert lines[4] == "held-out: {source} → {source} (wanted: {reference})".format(**sample)
+    assert len(lines) == 4 + 12 and report(perfect)[-1].endswith("(right)")
 
 
 def test_the_task_measures_its_model() -> None:

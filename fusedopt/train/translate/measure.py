@@ -57,6 +57,6 @@ def report(measured: dict[str, Any]) -> list[str]:
             own, copy, chance = (measured[f"{metric}_{of}{part}"] for of in ("", "copy_", "chance_"))
             lines.append(f"{title}, {name} pairs: {own:.1f}; the source copied {copy:.1f}, chance {chance:.1f}")
     for sample in sorted(measured["samples"], key=lambda sample: [*parts].index(sample["part"])):
-        right = "as the reference" if sample["translation"] == sample["reference"] else f"not: {sample['reference']}"
+        right = "right" if sample["translation"] == sample["reference"] else f"wanted: {sample['reference']}"
         lines.append(f"{parts[sample['part']]}: {sample['source']} → {sample['translation']} ({right})")
     return lines
