@@ -16,7 +16,7 @@ from fusedopt import __version__
 
 EXTRAS = {
     **dict.fromkeys(("click", "rich", "matplotlib"), "cli"),
-    **dict.fromkeys(("optuna", "sqlalchemy", "scipy", "cmaes", "nevergrad"), "tune"),
+    **dict.fromkeys(("optuna", "sqlalchemy", "scipy", "cmaes", "pymoo", "greenlet"), "tune"),
     **dict.fromkeys(("babel", "sacrebleu", "tokenizers"), "translate"),
 }
 """Module → the extra of the package that installs it."""

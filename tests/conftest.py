@@ -36,6 +36,9 @@ if "triton" in sys.modules:
 os.environ.pop("TRITON_INTERPRET", None)
 if MODE == "interpreted":
     os.environ["TRITON_INTERPRET"] = "1"
+    from fusedopt_kernels.interpreter import patch_language_once
+
+    patch_language_once()
 
 # For the programs that tests start: the checkout, after whatever the caller put first (an older Triton, say).
 _PATH = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -98,6 +101,13 @@ def _why_not(item: pytest.Item, run_long: bool) -> str | None:
     if any(_missing(r) for mark in item.iter_markers("needs") for r in mark.args):
         return NOT_HERE
     return COMPILED if MODE == "interpreted" and marks & {"compiled", "gpu"} else None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where compiled tests alone run, spare other files their import, most of what a start takes."""
+    if MODE == "compiled" and not HAS_GPU and collection_path.match("test_*.py"):
+        return "mark.compiled" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,6 +9,11 @@ from typing import NoReturn
 
 from torch import distributed
 
+from fusedopt_kernels.interpreter import patch_language_once
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once()
+
 
 def agree(file: str, tmp_path: Path, world: int = 2, *more: str) -> None:
     """Run ``file STORE RANK WORLD …`` for every rank; each must end well and say that all ranks agree."""

@@ -11,7 +11,7 @@ import torch
 import fusedopt
 from fusedopt import cli
 from fusedopt.rules import RULES
-from fusedopt.verify import backends, check, formats, measure, subjects
+from fusedopt.verify import backends, check, formats, measure, problem, subjects
 from fusedopt.verify.check import Row, verify
 from fusedopt.verify.formats import DTYPES
 from fusedopt.verify.measure import Error
@@ -51,7 +51,10 @@ def patch_update(monkeypatch, cls, change):
     monkeypatch.setattr(cls, "rule", dataclasses.replace(rule, update_eager=broken))
 
 
-def test_eager_is_within_the_derived_bounds_for_every_rule_and_dtype():
+@pytest.mark.parametrize("longest", [2051, pytest.param(problem.MANY_CHUNKS[0], marks=pytest.mark.long)])
+def test_eager_is_within_the_derived_bounds_for_every_rule_and_dtype(longest, monkeypatch):
+    """longest: elements of the largest tensor. More than a chunk is half of the time, and matters to norms alone."""
+    monkeypatch.setattr(problem, "MANY_CHUNKS", (longest,))
     report = verify(ALL_CELLS, ["eager"], SEEDS[:1])
     assert complaints(report) == []
     assert {(row.configuration, row.dtype) for row in report.rows} == set(ALL_CELLS)

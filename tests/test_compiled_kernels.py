@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_code import barriers, resources
 from lamb_like import LambLike
 from table import DTYPES, FORMATS, RULES, SPARSE_RULES, RuleRow, dtype_for, private, shape_for
 
+import fusedopt
 from fusedopt.inspect import sass
 from fusedopt_kernels import launch
 from fusedopt_kernels.norm import norm_kernel
@@ -97,24 +99,43 @@ STACK = 16
 """Bytes of stack allowed where fp64 sums are kept: a measuring pass (LAMB in bf16 takes 8) and the scalars kernel."""
 
 
-def check(kernels: list[launch.KernelSpec], barriers: bool) -> None:
+def compile_for_sm_90(spec: launch.KernelSpec) -> dict[str, Any]:
+    return launch.compile_for(spec, target(("cuda", 90, 32))).asm
+
+
+def check(kernels: list[launch.KernelSpec], waits: bool) -> None:
     """No spills, registers within the limit, and no barriers in an update without reductions."""
     for spec in dict.fromkeys(kernels):
-        code = sass.disassemble(launch.compile_for(spec, target(("cuda", 90, 32))).asm["cubin"])
+        asm = compile_for_sm_90(spec)
+        registers, stack = resources(asm["cubin"])
         loop = spec.fn is update_kernel or spec.fn is norm_kernel
-        assert code.stack <= (0 if loop else STACK), (spec.name, code.stack, spec.items)
+        assert stack <= (0 if loop else STACK), (spec.name, stack, spec.items)
         if spec.fn is update_kernel:
-            assert code.registers <= REGISTERS, (spec.name, code.registers)
-            assert barriers or code.count("BAR") == 0, spec.name
+            assert registers <= REGISTERS, (spec.name, registers)
+            assert waits or barriers(asm) == 0, spec.name
 
 
 @pytest.mark.compiled
 def test_sm_90_axes_do_not_spill() -> None:
-    check([spec for _, kernels in axes() for spec in kernels], barriers=True)
+    check([spec for _, kernels in axes() for spec in kernels], True)
+
+
+@pytest.mark.compiled
+def test_what_is_checked_without_disassembling_is_what_the_code_says() -> None:
+    """Of a rule without barriers, and of one with them."""
+    found = []
+    for cls in (RULES[7].cls, fusedopt.LAMB):
+        for spec in specs(cls, torch.bfloat16, {"clip_grad_norm": 1.0}, {}):
+            asm = compile_for_sm_90(spec)
+            code = sass.disassemble(asm["cubin"])
+            assert resources(asm["cubin"]) == (code.registers, code.stack)
+            assert barriers(asm) == code.count("BAR")
+            found.append(barriers(asm) > 0)
+    assert set(found) == {False, True}
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("row", RULES, ids=str)
 def test_sm_90_rules_do_not_spill_and_need_no_barriers(row: RuleRow) -> None:
     every = [specs(row.cls, dtype, {}, row.options) for dtype in DTYPES]
-    check([spec for kernels in every for spec in kernels], barriers=row.cls.rule.n_norms > 0)
+    check([spec for kernels in every for spec in kernels], row.cls.rule.n_norms > 0)

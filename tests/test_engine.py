@@ -14,6 +14,8 @@ CHUNK = table.CHUNK
 SHAPES: tuple[tuple[int, ...], ...] = (
     (3, 5), (), (0,), (1,), (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (7,), (2, 3, 4),
 )  # fmt: skip
+FEWER = ((3, 5), (), (CHUNK + 1,), (0,), (CHUNK - 1,), (2, 3, 4))
+"""For every rule in every dtype, neither of which has a say in how tensors are cut."""
 
 
 def parameters(dtype: torch.dtype, device: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Any]:
@@ -51,9 +53,16 @@ def assert_same(a: Any, b: Any, pa: list[Any], pb: list[Any]) -> None:
             torch.testing.assert_close(a.state[x][key], b.state[y][key], **close, check_device=False)
 
 
-def run_both(make: Any, dtype: torch.dtype, device: str, steps: int = 3, **switches: Any) -> tuple[Any, Any]:
+def run_both(
+    make: Any,
+    dtype: torch.dtype,
+    device: str,
+    steps: int = 3,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    **switches: Any,
+) -> tuple[Any, Any]:
     """Run the eager backend and the kernels side by side, comparing after every step."""
-    pe, pk = parameters(dtype, device), parameters(dtype, device)
+    pe, pk = parameters(dtype, device, shapes), parameters(dtype, device, shapes)
     eager, kernels = make(pe, backend="eager"), make(pk, backend="triton")
     for optimizer in (eager, kernels):
         if switches:
@@ -70,7 +79,7 @@ def run_both(make: Any, dtype: torch.dtype, device: str, steps: int = 3, **switc
 @pytest.mark.parametrize("row", RULES, ids=str)
 @pytest.mark.filterwarnings("ignore:state .* takes its parameter's dtype")  # low precision on purpose
 def test_eager_and_kernels_agree_bit_for_bit(row: RuleRow, dtype: torch.dtype, device: str) -> None:
-    run_both(lambda p, backend: row.cls(p, **row.options, backend=backend), dtype, device, steps=2)
+    run_both(lambda p, backend: row.cls(p, **row.options, backend=backend), dtype, device, steps=2, shapes=FEWER)
 
 
 @pytest.mark.parametrize("row", [RULES[1], RULES[7]], ids=str)

@@ -72,7 +72,7 @@ def first_match(model: nn.Module, rules: list[Any], name: str, parameter: Tensor
     return {}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rules=GIVEN_RULES, frozen=st.sets(st.integers(0, 40)), decay=st.sampled_from([None, 1.0, 0.5]))
 def test_each_trainable_parameter_is_in_exactly_one_group(rules: list[Any], frozen: set[int], decay: Any) -> None:
     model = Bert()

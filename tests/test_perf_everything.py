@@ -1,10 +1,9 @@
-"""`python -m perf --all`: programs with limits, and the order of stages, whatever happens in one of them."""
+"""`python -m perf --all`: the order of stages, whatever happens in one of them."""
 
 import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,12 @@ from click.testing import CliRunner
 
 pytest.importorskip("perf", reason="perf/ is part of the checkout only")
 
+from perf_programs import ROW, clock, gone, says, shell, soon, stages
+
 from perf import everything, report, results, run
-from perf.contenders import FUSEDOPT
 from perf.measure import Bench
 from perf.stages import first_step, programs, sanitize, training_step
 from perf.stages.programs import Program, Run, Verdict
-
-ROW = '{"kind": "copy", "gb_s": 1}'
-
-
-def shell(script: str, name: str = "a program", seconds: float = 20.0, **more: Any) -> Program:
-    return Program(name, ["sh", "-c", script], seconds, **more)
 
 
 @pytest.fixture
@@ -36,73 +30,6 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def going(out: Path) -> Run:
     return Run(results.Writer(out), "cpu", 100.0)
-
-
-def stages(out: Path) -> dict[str, tuple[bool | None, str]]:
-    return {row["name"]: (row["ok"], row["line"]) for row in results.read(out) if row["kind"] == "stage"}
-
-
-def gone(pid: int) -> bool:
-    """Dead, or a zombie that its new parent has not yet collected."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-# Programs ----------------------------------------------------------------------------------------------------------
-
-
-def test_programs_run_beside_each_other_and_say_how_they_ended(tmp_path: Path) -> None:
-    given = [shell("echo first; echo last"), shell("exit 3"), shell("kill -9 $$"), shell("env")]
-    found = {given.index(e.program): e for e in programs.together(given, tmp_path)}
-    assert [found[i].status for i in range(4)] == [0, 3, -9, 0]
-    assert (found[0].verdict, found[1].verdict) == ((True, "last"), (False, "exit status 3"))
-    environment = dict(line.partition("=")[::2] for line in found[3].output.splitlines())
-    assert str(programs.ROOT) in environment["PYTHONPATH"].split(os.pathsep)
-    assert str(programs.ROOT / "kernels") in environment["PYTHONPATH"].split(os.pathsep)
-    assert "TRITON_INTERPRET" not in environment
-    assert programs.alone(shell("echo $A", environment={"A": "1"}), tmp_path).output == "1\n"
-
-
-def test_a_program_at_its_limit_is_interrupted_then_killed_with_all_that_it_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(programs, "GRACE", 0.3)
-    polite = shell("trap 'echo summed up; exit 1' INT; sleep 60 & wait", "polite", 0.3)
-    deaf = shell("trap '' INT; sleep 60 & echo $!; wait; sleep 60", "deaf", 0.3)
-    found = {e.program.name: e for e in programs.together([polite, deaf], tmp_path)}
-    assert found["polite"].status is None and found["polite"].verdict == (False, "stopped after 0 s: summed up")
-    assert found["deaf"].status is None and found["deaf"].seconds < 10
-    time.sleep(0.05)
-    assert gone(int(found["deaf"].output.split()[0]))
-
-
-def test_nothing_outlives_whoever_stops_listening(tmp_path: Path) -> None:
-    running = programs.together([shell("true"), shell("echo $$; exec sleep 60")], tmp_path)
-    next(running)
-    running.close()
-    assert gone(int((tmp_path / "1.log").read_text() or "0"))
-
-
-def test_rows_of_a_program_count_when_it_is_stopped_unless_ours_is_red(going: Run, out: Path) -> None:
-    def write(row: str) -> str:
-        return f"echo '{row}' >> {out}; exec sleep 60"
-
-    red = json.dumps({"kind": "red", "contender": FUSEDOPT.name, "why": "off by 1"})
-    going.carry_out([shell(write(ROW), "some rows", 0.3, partial=True)])
-    going.carry_out([shell("exec sleep 60", "no rows", 0.1, partial=True)])
-    going.carry_out([shell(f"echo '{red}' >> {out}", "ours")])
-    going.carry_out([shell(f'echo \'{red[:-1]}, "row": "fp32"}}\' >> {out}', "a launch shape")])
-    going.carry_out(
-        [shell(f"echo '{red.replace(FUSEDOPT.name, 'theirs')}' >> {out}; printf '{ROW[:9]}' >> {out}", "theirs")]
-    )
-    assert stages(out) == {
-        "some rows": (True, "stopped after 0 s, with 1 rows"), "no rows": (False, "stopped after 0 s: exit status 1"),
-        "ours": (False, "ours is red in 1 jobs, first: off by 1"), "theirs": (True, "exit status 0"),
-        "a launch shape": (True, "exit status 0"),
-    }  # fmt: skip
-    assert going.log.read_text().count("=== ") == 5
 
 
 def test_only_a_torn_row_is_mended(out: Path) -> None:
@@ -143,6 +70,7 @@ def test_whatever_happens_in_a_stage_the_others_keep_their_rows(
         run.carry_out([shell(f"echo '{ROW}' >> {out}", "good")])
 
     planned(monkeypatch, crash, hang, fail, good)
+    clock(monkeypatch, lambda: says(out, f"{ROW}\n"))
     assert everything.main(1, out, "cpu") == 1
     rows = results.read(out)
     assert sum(row["kind"] == "copy" for row in rows) == 2 and out.read_text().endswith("}\n")
@@ -174,8 +102,12 @@ def test_the_status_is_that_of_the_stages_that_ran(out: Path, monkeypatch: pytes
 def test_a_run_that_is_terminated_ends_its_programs_and_leaves_whole_rows(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def terminate_soon() -> None:
+        soon(lambda: says(out, f"{ROW}\n{ROW[:20]}"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def long(run: Run, seconds: float) -> None:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Thread(target=terminate_soon).start()
         script = f"echo $$ > {out}.pid; echo '{ROW}' >> {out}; printf '{ROW[:20]}' >> {out}; exec sleep 60"
         run.carry_out([shell(script, "long")])
 

@@ -113,9 +113,9 @@ class _Pair:
         self.places = [(s, w) for w in where for s in shapes if _fits(s, w, quantised)]
         self.whole = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, _ in self.places]
         self.placed = [nn.Parameter(_place(p.detach(), w)) for p, (_, w) in zip(self.whole, self.places, strict=True)]
-        self.one, self.many = (
-            cls([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, backend=backend, **options)
-            for params in (self.whole, self.placed)
+        self.one, self.many = (  # eager's bits are the kernels', and come sooner
+            cls([(f"p{i}", p) for i, p in enumerate(params)], lr=1e-2, backend=name, **options)
+            for params, name in ((self.whole, "eager"), (self.placed, backend))
         )
         self.case = f"{cls.__name__}, {backend}, {dtype}, {options}"
 

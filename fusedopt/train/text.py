@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -56,4 +57,10 @@ class TextTask:
 
 def load(files: Sequence[str]) -> TextTask:
     """BadInput for files that cannot be read."""
-    return TextTask(data.load_text(files))
+    return TextTask(data.load_text(files)) if files else _default()
+
+
+@cache
+def _default() -> TextTask:
+    """Python's own sources, which studies of many runs would read again and again."""
+    return TextTask(data.load_text(()))

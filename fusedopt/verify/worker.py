@@ -14,6 +14,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from fusedopt_kernels import numerics
+from fusedopt_kernels.interpreter import patch_language_once
+
 from . import backends, kept, own
 from .backends import Failure, attempt, guarded, pack
 from .problem import build, configuration
@@ -22,6 +25,8 @@ from .subjects import Outcome
 
 def main(job: dict[str, Any], answers: TextIO) -> None:
     """Run all cells of a job and write the answers."""
+    if numerics.INTERPRETED:
+        patch_language_once()
     for number, run in enumerate(_runs(job)):
         try:
             layout, arrays = pack(run())
