@@ -96,6 +96,21 @@ def test_a_file_changes_the_rate_of_a_running_job(train: Train, monkeypatch: pyt
     assert [row["lr"] for row in train.rows()[1:]] == [2e-3] * 5 + [7e-4] * 4 + [2e-3] * 3
 
 
+def test_a_file_may_be_watched_from_a_resume_on_and_no_longer(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = train.folder / "lr"
+    file.write_text("0.0007")
+    options = ("--steps", 12, "--warmup-steps", 0, "--checkpoint-interval", 4)
+    assert train(*options, out="plain").status == 0
+    plain = [row["lr"] for row in train.rows("plain")[1:]]
+    for out, before, after in (("no longer", ("--lr-file", file), ("--lr-file", "")), ("new", (), ("--lr-file", file))):
+        with monkeypatch.context() as patch:
+            _interrupt_at(10, patch)
+            assert train(*options, *before, out=out).status == 130
+        assert train("--resume", *after, out=out).status == 0
+    assert [row["lr"] for row in train.rows("no longer")[1:]] == [7e-4] * 8 + plain[8:]
+    assert [row["lr"] for row in train.rows("new")[1:]] == plain[:8] + [7e-4] * 4
+
+
 def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Trainer.step
 

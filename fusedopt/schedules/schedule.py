@@ -247,9 +247,13 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, with its settings; the groups get their lr at once.
 
+        It may be that of a `Watched` schedule: what its file said no longer counts.
+
         Raises:
             ValueError: it is another schedule's, or of another number of groups.
         """
+        if "entry" in state:
+            state = state["schedule"]
         if state["name"] != self.name:
             raise ValueError(f"the state is that of a schedule {state['name']}, not {self.name}")
         if len(state["initial"]) != len(self.initial):

@@ -99,8 +99,11 @@ class Watched:
         return {"schedule": self.schedule.state_dict(), "scheduled": self._scheduled, "entry": self.entry}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; the file is read again at the next step."""
+        """Continue where `state`, or one of the schedule alone, was taken; the file is read again at the next step."""
         with self._as_scheduled():
+            if "entry" not in state:
+                self.schedule.load_state_dict(dict(state))
+                return
             self.schedule.load_state_dict(state["schedule"])
             for group, lr in zip(self.optimizer.param_groups, state["scheduled"], strict=True):
                 set_lr(group, lr)
