@@ -42,7 +42,7 @@ def test_a_program_at_its_limit_is_interrupted_then_killed_with_all_that_it_star
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs, "GRACE", 1.0)
-    polite = shell("trap 'echo summed up; exit 1' INT; echo begun; sleep 60 & wait", "polite", 0.3)
+    polite = shell("trap 'echo summed up; exit 1' INT; echo begun; while :; do sleep 0.05; done", "polite", 0.3)
     deaf = shell("trap '' INT; sleep 60 & echo $!; wait; sleep 60", "deaf", 0.3)
     logs = tmp_path / "0.log", tmp_path / "1.log"
     clock(monkeypatch, lambda: all(says(log, "\n") for log in logs), lambda: says(logs[0], "summed up\n"))
