@@ -44,6 +44,7 @@ def test_what_depends_on_the_data_becomes_numbers() -> None:
     ("given", "message"),
     [
         (dict(epochs=1, steps=5), "--epochs and --steps"),
+        (dict(epochs=1e308), "--epochs 1e\\+308 is too many"),
         (dict(epochs=0), "--epochs must be a finite number above 0, not 0"),
         (dict(base_batch_size=8), "--base-batch-size 8 does nothing without --lr-scaling"),
         (dict(lr_scaling="sqrt", base_batch_size=0), "--base-batch-size must be at least 1, not 0"),
@@ -65,6 +66,7 @@ BAD = {
     "patience": (["--patience", "2", "--compare", "torch"], "choose one"),
     "batch": (["--batch-size", "all"], "batch-size"),
     "length": (["--epochs", "1", "--max-seq-len", "0"], "--max-seq-len must be at least 1"),
+    "no decay": (["--decay", "l2", "--optimizer", "adam"], "--decay l2 does nothing without --weight-decay"),
     "l2": (["--decay", "l2"], "AdamW has none of this kind (these have: adadelta, adagrad, adam,"),
     "decoupled": (["--decay", "decoupled", "--optimizer", "sgd"], "SGD has none of this kind"),
     "schedule's argument": (["--schedule", "step", "--schedule-arg", "gama=0.5"], "did you mean gamma?"),
@@ -122,6 +124,13 @@ def test_a_file_gives_the_batch_size_that_its_rate_is_for_and_arguments_of_its_o
     found = settings.from_options({"config": str(file), "lr_scaling": "sqrt", "batch_size": 16, "optimizer": "AdamW"})
     assert settings.sized(found, fill({}, "cpu", DEFAULTS), TASK)["lr"] == 0.02
     assert found["optimizer_args"] == {"betas": (0.8, 0.9)}
+    file.write_text('{"lr": 0.001, "lr_scaling": "sqrt", "base_batch_size": 16, "batch_size": 64}')
+    found = settings.from_options({"config": str(file), "lr_scaling": "linear"})
+    assert settings.sized(found, fill({}, "cpu", DEFAULTS), TASK)["lr"] == 0.004
+    found = settings.from_options({"config": str(file), "lr_scaling": "none"})
+    assert settings.sized(found, fill({}, "cpu", DEFAULTS), TASK)["lr"] == 0.001
+    file.write_text('{"text": ["mine.txt"], "lr": 0.1}')
+    assert settings.from_options({"config": str(file), "task": "translate"}) == {"lr": 0.1, "task": "translate"}
     file.write_text('{"optimizer_args": {"eps": 1e-6}}')
     assert settings.from_options({"config": str(file), "optimizer": "adamw"})["optimizer_args"] == {"eps": 1e-6}
     assert "optimizer_args" not in settings.from_options({"config": str(file), "optimizer": "adam"})
@@ -141,6 +150,8 @@ def test_the_session_is_the_command(train: Train) -> None:
     weights = [*TASK.model(done.config).parameters()]
     assert found["held_bytes"] == 16 * sum(p.numel() for p in weights) + 4 * len(weights)  # with step counts
     assert session.run(given, train.folder / "session").summary == done.summary
+    with pytest.raises(BadInput, match="unknown setting learning_rate"):
+        validated({**given, "learning_rate": 1.0})
     with pytest.raises(BadInput, match="resuming would not be bit-exact: --lr was"):
         session.run({**given, "lr": 0.5}, train.folder / "session")
 

@@ -67,6 +67,31 @@ def test_a_run_stops_with_its_best_weights(train: Train, monkeypatch: pytest.Mon
     assert_refused(train("--resume"), "the best weights of this run, is gone")
 
 
+def test_the_best_weights_of_a_schedule_free_run_are_its_average(train: Train) -> None:
+    options = ("--optimizer", "schedule_free_adamw", "--lr", 0.05, *WORSE[:2], *WORSE[6:], "--patience", 1)
+    assert train(*options).status == 0
+    validation = {row["step"]: row["val_loss"] for row in train.rows() if "val_loss" in row and row["step"]}
+    settled = job.settle({"out": str(train.folder / "run")}, True, False, False, ALONE)
+    trainer = loop.run(settled, session._View(None)).trainers["fusedopt"]
+    step = json.loads((train.folder / "run" / "summary.json").read_text())["restored_step"]
+    assert trainer._held_out_loss(trainer.model) == pytest.approx(validation[step], rel=1e-6)
+
+
+def test_patience_may_begin_later(train: Train) -> None:
+    assert train("--steps", 6, "--val-interval", 1).status == 0
+    result = train("--resume", "--steps", 8, "--allow-inexact", "--patience", 4)
+    assert result.status == 0 and "lowest validation loss at step 8" in result.out, result.err
+    (train.folder / "run" / "best-3.pt").touch()
+    assert train("--overwrite", "--steps", 2).status == 0
+    assert not list((train.folder / "run").glob("best-*"))
+
+
+def test_a_last_step_that_diverges_is_told(train: Train) -> None:
+    result = train("--optimizer", "sgd", "--lr", 1e38, "--steps", 1, "--clip", 0, "--warmup-steps", 0)
+    assert result.status == 1 and "validation loss" in result.err and "at step 1" in result.err
+    assert json.loads((train.folder / "run" / "summary.json").read_text()) == {"diverged": 1}
+
+
 def test_plateau_lowers_the_rate_and_resumes(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--steps", 40, "--lr", 0.2, "--clip", 0, "--val-interval", 2, "--checkpoint-interval", 5,
                "--schedule", "plateau", "--schedule-arg", "patience=0", "--schedule-arg", "factor=0.5")  # fmt: skip
@@ -79,6 +104,8 @@ def test_plateau_lowers_the_rate_and_resumes(train: Train, monkeypatch: pytest.M
     assert train("--resume", out="broken").status == 0
     assert reproducible(train.rows("broken")) == reproducible(train.rows())
     assert_refused(train("--resume", "--val-interval", 4), "--val-interval was 2, now 4")  # it decides here
+    assert train("--resume", "--steps", 44, "--allow-inexact").status == 0
+    assert train.rows()[41]["lr"] <= rates[-1]  # what it has learnt stays
 
 
 def test_a_file_changes_the_rate_of_a_running_job(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,10 @@ class Cell:
     @property
     def settings(self) -> Settings:
         """What `train.session.run` takes."""
-        return {**self.fixed, **self.own}
+        found = {**self.fixed, **self.own}
+        if found.get("lr_scaling") == "none":
+            found.pop("base_batch_size", None)
+        return found
 
 
 def cells(axes: Axes, fixed: Settings, tuned: Mapping[str, Mapping[str, Any]]) -> Iterator[Cell]:
@@ -105,6 +108,8 @@ def fixed_settings(given: Settings, batches: bool) -> Settings:
         raise BadInput("--batch-sizes compares runs over the same examples: give --epochs instead of --steps")
     if batches and "val_batches" in given:
         raise BadInput(f"--batch-sizes validates every run on the same {VALIDATED} examples: leave out --val-batches")
+    if batches and given.get("batch_size") == FULL:
+        raise BadInput("--batch-size is the one that learning rates were tuned at: a number, not full")
     if batches:
         given.setdefault("epochs", 1)
         given.setdefault("lr_scaling", "sqrt")

@@ -68,10 +68,10 @@ def load(folder: Path) -> dict[str, Any] | None:
         raise
     except Exception:  # a damaged archive fails in a dozen ways, from BadZipFile to struct.error
         raise BadInput(f"checkpoint {path} is damaged or not a checkpoint: {remedy}") from None
+    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+        raise BadInput(f"checkpoint {path} has format {content['format']}, this version reads format {FORMAT}")
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise BadInput(f"{path} is not a checkpoint of fusedopt train: {remedy}")
-    if content["format"] != FORMAT:
-        raise BadInput(f"checkpoint {path} has format {content['format']}, this version reads format {FORMAT}")
     try:
         content["config"] = from_dict(content["config"])
     except (KeyError, TypeError):
@@ -101,7 +101,7 @@ def restore(trainer: Trainer, saved: dict[str, Any], folder: Path) -> None:
     try:
         trainer.load_state_dict(
             saved["runs"][trainer.library],
-            changed=bool(differences(saved["config"], trainer.config)),
+            changed=saved["config"] if differences(saved["config"], trainer.config) else None,
             shards=folder / shards["folder"] if shards else None,
         )
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from .errors import Diverged
 from .files import write_atomically
 from .job import Job
 from .metrics import MetricsLog
+from .optimizers import averaged
 from .parallel import Ranks
 from .stopping import Stopping
 from .trainer import StepRecord, Trainer, largest_difference, milliseconds
@@ -78,12 +79,15 @@ def run(job: Job, view: View) -> Run:
     """Train from where the job starts; when the run is over, restore the best weights if asked for, and measure."""
     config, ranks = job.config, job.ranks
     make_deterministic(config.device)
+    if config.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
     libraries = ("fusedopt", "torch") if config.compare == "torch" else ("fusedopt",)
     trainers = ranks.together(lambda: {library: Trainer(config, library, job.task, ranks) for library in libraries})
     state = Run(job, trainers, Stopping(config.patience))
     if saved := job.saved:
         ranks.together(lambda: [checkpoint.restore(trainer, saved, job.folder) for trainer in trainers.values()])
-        state.stopping.load_state_dict(saved["stopping"])
+        if saved["config"].patience:  # else there are no best weights of the steps before
+            state.stopping.load_state_dict(saved["stopping"])
     log = ranks.together(lambda: _open_log(job) if ranks.first else None)
     try:
         with StopRequest() as stop:
@@ -104,12 +108,17 @@ def _conclude(run: Run) -> None:
     trainer = run.trainers["fusedopt"]
     if run.stopping.patience and run.stopping.best_step:
         run.job.ranks.together(lambda: best.restore(trainer, run.job.folder, run.stopping.best_step))
-    run.measured = trainer.measure()
+        run.measured = trainer.measure()
+    else:
+        with averaged(trainer.optimizer):
+            run.measured = trainer.measure()
 
 
 def _open_log(job: Job) -> MetricsLog:
     if not job.saved:
         checkpoint.remove(job.folder)  # before the metrics that it belongs to
+        (job.folder / "summary.json").unlink(missing_ok=True)
+        best.remove_others(job.folder, 0)
     log = MetricsLog(job.folder, job.start if job.saved else -1)
     write_atomically(job.folder / "config.json", json.dumps(job.config.as_dict(), indent=1).encode() + b"\n")
     return log
@@ -142,15 +151,20 @@ def _train(run: Run, log: MetricsLog | None, view: View, stop: StopRequest) -> N
             checkpoint.save(run.job, step, trainers, stopping.state_dict())
             if ranks.first:
                 best.remove_others(run.job.folder, stopping.best_step)
+    run.signal = run.signal or ranks.largest(stop.signal_number)  # one that came after the last step
 
 
 def _validate(run: Run, rows: Rows) -> None:
     """Evaluate, tell schedules of the losses, and keep the weights when ours is the best one yet."""
     for row in _evaluate(run.trainers, rows):
+        if not math.isfinite(row["val_loss"]):
+            raise Diverged(f"validation loss {row['val_loss']} at step {row['step']}: try a lower --lr", row["step"])
         run.trainers[row["run"]].schedule.validated(row["val_loss"])
     ours = next(row for row in rows if row["run"] == "fusedopt")
     if run.stopping.see(ours["step"], ours["val_loss"]) and run.stopping.patience:
-        best.save(run.trainers["fusedopt"], run.job.folder, ours["step"])
+        trainer = run.trainers["fusedopt"]
+        with averaged(trainer.optimizer):  # whose loss it is
+            best.save(trainer, run.job.folder, ours["step"])
 
 
 def _rows(pending: list[tuple[str, StepRecord]], config: TrainConfig, ranks: Ranks) -> Rows:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,20 +66,33 @@ def parameter_groups(
     return [*groups, {"params": outer, **decayed, **apart}] if muon else groups
 
 
+def schedule_state(saved: TrainConfig, config: TrainConfig, state: dict[str, Any]) -> dict[str, Any] | None:
+    """With which saved state a schedule goes on under changed settings; None: as if it had been there from the start.
+
+    The number of steps means nothing to a schedule that waits for a plateau.
+    """
+    names = ["schedule", "schedule_args", "lr", "min_lr", "warmup_steps", "batch_size"]
+    names += [] if config.schedule == "plateau" else ["steps"]
+    if any(getattr(saved, name) != getattr(config, name) for name in names):
+        return None
+    own = state["schedule"] if "entry" in state else state
+    return {**own, "run": {**own["run"], "steps": config.steps}}
+
+
 def decay_arguments(config: TrainConfig, optimizer_class: type, accepted: Sequence[str]) -> dict[str, Any]:
     """Arguments that choose the kind of weight decay; none for the optimizer's own. BadInput for a kind it has not."""
     if config.decay == "own":
         return {}
     rule = getattr(fusedopt, RULES[config.optimizer]).rule
     decoupled = config.decay == "decoupled"
-    if rule.decoupled_key in accepted:
-        return {rule.decoupled_key: decoupled}
-    if rule.decay == ("decoupled" if decoupled else "coupled"):
-        return {}
-    known = sorted(name for name in RULES if _has_decay(name, decoupled))
-    raise BadInput(
-        f"--decay {config.decay}: {optimizer_class.__name__} has none of this kind (these have: {', '.join(known)})"
-    )
+    if not _has_decay(config.optimizer, decoupled):
+        known = ", ".join(sorted(name for name in RULES if _has_decay(name, decoupled)))
+        raise BadInput(
+            f"--decay {config.decay}: {optimizer_class.__name__} has none of this kind (these have: {known})"
+        )
+    if config.weight_decay == 0.0:
+        raise BadInput(f"--decay {config.decay} does nothing without --weight-decay, which is 0")
+    return {rule.decoupled_key: decoupled} if rule.decoupled_key in accepted else {}
 
 
 def _has_decay(name: str, decoupled: bool) -> bool:
@@ -93,6 +107,16 @@ def switch_to_average(optimizer: torch.optim.Optimizer, average: bool) -> None:
     switch = getattr(optimizer, "eval" if average else "train", None)
     if switch is not None:
         switch()
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a schedule-free optimizer's parameters hold the average."""
+    switch_to_average(optimizer, True)
+    try:
+        yield
+    finally:
+        switch_to_average(optimizer, False)
 
 
 def make_optimizer(config: TrainConfig, library: str, model: nn.Module) -> torch.optim.Optimizer:

@@ -33,8 +33,13 @@ def from_options(options: dict[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             raise BadInput(f"--schedule-arg: {error}") from None
     read = settings_file.read(given.pop("config")) if "config" in given else {}
-    if given.get("lr_scaling", "none") != "none" and isinstance(read.get("batch_size"), int):
-        given.setdefault("base_batch_size", read["batch_size"])  # the file's learning rate is for that
+    if given.get("lr_scaling") == "none":
+        read.pop("base_batch_size", None)
+    elif "lr_scaling" in given and isinstance(read.get("batch_size"), int):
+        read.setdefault("base_batch_size", read["batch_size"])  # the file's learning rate is for that
+    if given.get("task", read.get("task", "text")) != read.get("task", "text"):
+        for name in ("text", "tokenizer", "vocabulary_size"):
+            read.pop(name, None)  # they are the other task's
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if one in given and other not in given:
             read.pop(other, None)
@@ -65,6 +70,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
 def normalised(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with names as they are spelled and absolute paths; what is None is left out."""
     given = {name: value for name, value in given.items() if value is not None}
+    settings_file.check_names(given)
     if "optimizer" in given:
         given["optimizer"] = rule_name(given["optimizer"])
     if "task" in given:
@@ -101,6 +107,8 @@ def sized(given: dict[str, Any], draft: TrainConfig, task: Task) -> dict[str, An
             raise BadInput("--epochs and --steps both say how long to train: choose one")
         if not (math.isfinite(epochs) and epochs > 0):
             raise BadInput(f"--epochs must be a finite number above 0, not {epochs}")
+        if epochs * task.examples(draft) > 2**53:
+            raise BadInput(f"--epochs {epochs} is too many")
         given["steps"] = math.ceil(epochs * task.examples(draft) / max(1, batch_size))
     if rule in (None, "none"):
         if base is not None:

@@ -20,7 +20,7 @@ ARGUMENTS = ("optimizer_args", "schedule_args")
 """Settings that are objects themselves: on the command line --optimizer-arg NAME=VALUE and the like."""
 COMMAND_ONLY = ("config", "parallel", "out", "resume", "overwrite", "allow_inexact", "optimizer_arg", "schedule_arg")
 """Options that say how to run, not what."""
-FOLLOWING = ("min_lr", "warmup_steps", "val_interval", "checkpoint_interval", "log_interval")
+FOLLOWING = ("min_lr", "warmup_steps", "val_batches", "val_interval", "checkpoint_interval", "log_interval")
 """Settings whose defaults follow from numbers among the others, or from the device."""
 DERIVED = (
     *FOLLOWING, "lr", "weight_decay", "tokenizer", "vocabulary_size", "amp", "backend", "master_rounding",
@@ -62,6 +62,15 @@ def read(path: str | Path) -> dict[str, Any]:
     return _chosen(settings) if "out" in content else settings
 
 
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raise BadInput for a name that is no setting."""
+    known = {*ARGUMENTS, "out", *(option.name for option in OPTIONS if option.name and option.name not in COMMAND_ONLY)}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise BadInput(f"unknown setting {name}{f': did you mean {close[0]}?' if close else ''}")
+
+
 def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
     from .optimizers import DEFAULTS  # imports torch
 
@@ -73,6 +82,8 @@ def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
 def by_default(settings: Mapping[str, Any], optimizer_defaults: dict[str, dict[str, Any]]) -> set[str]:
     """Which of DERIVED have the value that the rest of a run's settings, all of which are given, would give them."""
     device, found = settings.get("device", "cpu"), set()
+    if settings.get("batch_size") == "full":  # nobody's config.json: there it is a number
+        return found
     for name in DERIVED:
         rest = {other: value for other, value in settings.items() if other not in (name, "device")}
         default = getattr(fill(rest, device, optimizer_defaults), name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import sharded
 from .config import DTYPES, TrainConfig
-from .optimizers import describe, make_optimizer, make_schedule, switch_to_average
+from .optimizers import describe, make_optimizer, make_schedule, schedule_state, switch_to_average
 from .parallel import ALONE, Ranks, on_this_rank
 from .task import Batch, Task, predictions
 from .update import AroundStep, InStep, Metrics
@@ -99,12 +99,10 @@ class Trainer:
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """What the task measures of a finished run."""
-        switch_to_average(self.optimizer, True)
         self.model.eval()
         measured = self.task.measure(self.model, self.config)
         self.model.train()
         self.ranks.reshard(self.model)
-        switch_to_average(self.optimizer, False)
         return measured
 
     @torch.no_grad()
@@ -135,26 +133,29 @@ class Trainer:
             "steps_done": self.steps_done,
         }
 
-    def load_state_dict(self, state: dict[str, Any], changed: bool = False, shards: Path | None = None) -> None:
-        """Continue exactly where `state` was taken; changed: with this trainer's settings instead of the saved ones.
+    def load_state_dict(
+        self, state: dict[str, Any], changed: TrainConfig | None = None, shards: Path | None = None
+    ) -> None:
+        """Continue exactly where `state` was taken; changed: the settings then, which this trainer's now replace.
 
         shards: where weights and optimizer state are if not in `state`.
         """
         own = self._settings_after(state["steps_done"]) if changed else []
         if shards is not None:
-            sharded.load(self, shards, partly=changed)
+            sharded.load(self, shards, partly=changed is not None)
         elif self.ranks.mode == "fsdp":
             sharded.load_whole(self, state)
         else:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.update.load_state_dict(state)
-        if not changed:
-            self.schedule.load_state_dict(state["schedule"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=False):
             params = group["params"]
             group.clear()
             group.update(settings, params=params)
+        schedule = schedule_state(changed, self.config, state["schedule"]) if changed else state["schedule"]
+        if schedule is not None:
+            self.schedule.load_state_dict(schedule)
         self.sampler.position = state["position"]
         self.steps_done = state["steps_done"]
 

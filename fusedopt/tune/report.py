@@ -121,7 +121,9 @@ def best_settings(folder: Path, plan: Plan, best: FrozenTrial) -> dict[str, Any]
     except (OSError, ValueError):
         raise BadInput(f"cannot read {path}, the settings of the best trial") from None
     chosen = space.settings(plan.settings, plan.dimensions, best.params)
-    return {**{name: config[name] for name in RECORDED if name in config}, **chosen}
+    follows = {"lr": "lr_scaling", "steps": "epochs"}  # numbers that come of these, and would do so again
+    recorded = {name: config[name] for name in RECORDED if name in config and follows.get(name) not in chosen}
+    return {**recorded, **chosen}
 
 
 def _table(best: list[FrozenTrial], plan: Plan) -> Table:
