@@ -116,7 +116,7 @@ def test_the_page_is_a_function_of_the_rows(tmp_path: Path) -> None:
     for text in (
         "3 optimizers × 2 schedules × 2 seeds; 9 runs, of which 1 diverged.",
         "* ten words\n",
-        "Measured on 2026-01-02, a processor, 2 cores, 2 threads, torch 2, numpy 2, Python 3.",
+        "Measured on 2026-01-02, a processor, 2 cores, torch threads: 2, torch 2, numpy 2, Python 3.",
         "\nfusedopt compare --optimizers sgd adamw lion --schedules cosine constant --seeds 2 --task text",
         "| sgd | cosine | 0.5 | 2.050 ± 0.071 | 2.050 ± 0.071 |",
         "| adamw | cosine | 0.5† |",

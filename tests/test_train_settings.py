@@ -59,7 +59,7 @@ BAD = {
     "task": (["--task", "translat"], "unknown task translat: did you mean translate?"),
     "tokenizer": (["--tokenizer", "bpe"], "--tokenizer bpe is for --task translate"),
     "text": (["--task", "translate", "--text", TEXT], "--text is for --task text"),
-    "vocabulary": (["--vocabulary-size", "300"], "--vocabulary-size 300 does nothing"),
+    "vocabulary": (["--vocabulary-size", "300"], "--vocabulary-size 300 is for --task translate"),
     "smoothing": (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and less than 1"),
     "l1": (["--l1", "-1"], "--l1 must be a finite number"),
     "l1 of torch": (["--l1", "1e-3", "--compare", "torch"], "torch.optim's AdamW has none"),

@@ -43,7 +43,7 @@ The same command goes on where it was stopped, even by kill -9: a run that has e
 middle continues from its checkpoint. Further optimizers, schedules and seeds can be added to the same folder.
 
 Unless told otherwise the runs are small: {" ".join(f"--{k.replace('_', '-')} {v}" for k, v in grid.SMALL.items())}.
-All other settings have the defaults that are shown below.
+Those replace the defaults in brackets below, which are those of fusedopt train; all others are as shown.
 
 The learning rates that come with fusedopt are for that task, model and batch size. For others --tune-lr finds them;
 without it train's defaults are used, and marked in the table. A rate is tuned with the first of

@@ -149,5 +149,5 @@ def _legend(groups: Sequence[Group], aim: float | None, target: float | None) ->
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    place = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
+    place = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores, torch threads: {machine['threads']}"
     return f"{place}, torch {machine['torch']}, numpy {machine['numpy']}, Python {machine['python']}"

@@ -57,7 +57,7 @@ class Table(NamedTuple):
 def by_class(groups: Sequence[Group], target: float | None) -> list[Table]:
     """One table for each class that occurs."""
     heads = ["optimizer", "schedule", "batch", "lr", "final loss", "lowest loss", *MEASURED.values(),
-             "steps to\ntarget", "ms per\nstep", "of them\noptimizer", "MB\nheld", "not finished"]  # fmt: skip
+             "steps to\ntarget", "ms per\nstep", "optimizer,\nms", "MB\nheld", "not finished"]  # fmt: skip
     noise = results.Noise(groups)
     lines: dict[str, list[list[str]]] = {}
     for group in groups:

@@ -135,7 +135,7 @@ def _results(lines: list[bytes], summary: dict[str, Any], steps: Any, written: f
     recent = time.time() - written < max(RECENT, (step_ms or 0.0) / 50)  # or within 20 steps
     measured = {name.removesuffix("_held_out"): number(value) for name, value in _dig(own, "measured").items()}
     return {
-        "date": datetime.fromtimestamp(written).isoformat(" ", "minutes"),
+        "date": datetime.fromtimestamp(written).isoformat(" ", "seconds"),
         "status": _status(step, steps, summary, recent),
         "step": step,
         "val_loss": list(losses.values())[-1] if losses else None,

@@ -85,7 +85,7 @@ def _cells(run: Run, place: str) -> dict[str, str]:
     held = found["held_bytes"]
     return {
         "run": place,
-        "date": found["date"],
+        "date": found["date"][:16],
         "status": described(run),
         "val loss": _loss(found["val_loss"]),
         "best": _loss(found["best_val_loss"]),

@@ -160,7 +160,8 @@ SCHEDULES: dict[str, Named] = {
     "piecewise": Named(
         "lr·factors[i] from boundaries[i−1] to boundaries[i]", "A constant lr between given steps.", "floor",
         {"boundaries": _sequence("steps at which the lr changes, counted from the start of the run",
-                                 "a list of whole numbers", is_whole, _halves, "half and three quarters of the steps"),
+                                 "a list of whole numbers", is_whole, _halves,
+                                 "half and three quarters of those after the warm-up"),
          "factors": _sequence("multiples of lr, one more than boundaries", "a list of numbers from 0 to 1",
                               lambda v: is_number(v) and 0 <= v <= 1, FACTORS, "1, 0.1, 0.01"),
          "values": _sequence("learning rates instead of factors", "a list of numbers of at least 0",

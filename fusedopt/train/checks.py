@@ -66,6 +66,8 @@ def check_task(config: TrainConfig) -> None:
         raise BadInput(f"--tokenizer {config.tokenizer} is for --task translate: text is read as bytes")
     if config.task != "text" and config.text:
         raise BadInput(f"--text is for --task text, not for {config.task}, which has its own corpus")
+    if config.task == "text" and config.vocabulary_size:
+        raise BadInput(f"--vocabulary-size {config.vocabulary_size} is for --task translate: text is read as bytes")
     if config.tokenizer == "bytes" and config.vocabulary_size:
         raise BadInput(f"--vocabulary-size {config.vocabulary_size} does nothing without --tokenizer bpe")
 

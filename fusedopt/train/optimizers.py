@@ -43,6 +43,9 @@ def rule_name(name: str) -> str:
         raise BadInput("sparse_adam takes sparse gradients only; this model's are dense")
     if name.lower() in RULES:
         return name.lower()
+    if name.lower() in ("momentum", "nesterov"):
+        more = "" if name.lower() == "momentum" else " --optimizer-arg nesterov=True"
+        raise BadInput(f"{name} is not an optimizer's name here: --optimizer sgd --optimizer-arg momentum=0.9{more}")
     close = difflib.get_close_matches(name.lower(), RULES, n=1, cutoff=0.5)
     hint = f": did you mean {close[0]}?" if close else ""
     raise BadInput(f"unknown optimizer {name}{hint} (known: {', '.join(sorted(RULES))})")

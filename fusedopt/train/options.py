@@ -58,7 +58,10 @@ class BatchSize(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Refuse everything else."""
-        return value if value == "full" else click.INT.convert(value, param, ctx)
+        try:
+            return value if value == "full" else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor full.", param, ctx)
 
 
 def by_machine(name: str) -> str:
