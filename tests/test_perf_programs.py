@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ def test_a_program_at_its_limit_is_interrupted_then_killed_with_all_that_it_star
     deaf = shell("trap '' INT; sleep 60 & echo $!; wait; sleep 60", "deaf", 0.3)
     logs = tmp_path / "0.log", tmp_path / "1.log"
     clock(monkeypatch, lambda: all(says(log, "\n") for log in logs), lambda: says(logs[0], "summed up\n"))
-    found = {e.program.name: e for e in programs.together([polite, deaf], tmp_path)}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it is in what a shell has started in the background
+    try:
+        found = {e.program.name: e for e in programs.together([polite, deaf], tmp_path)}
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found["polite"].status is None and found["polite"].verdict == (False, "stopped after 0 s: summed up")
     assert found["deaf"].status is None and found["deaf"].seconds == 2.0
     assert soon(lambda: gone(int(found["deaf"].output.split()[0])))

@@ -101,7 +101,7 @@ class _Running:
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 program.command, cwd=ROOT, env=_environment(program), stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, process_group=0,
+                stderr=subprocess.STDOUT, process_group=0, preexec_fn=_hear_interrupts,
             )  # fmt: skip
 
     def over(self) -> bool:
@@ -125,6 +125,11 @@ class _Running:
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError, PermissionError):  # all gone, or only what cannot be signalled any more
             os.killpg(self.process.pid, number)
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _environment(program: Program) -> dict[str, str]:
