@@ -59,7 +59,7 @@ class BatchSize(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Refuse everything else."""
         try:
-            return value if value == "full" else int(value)
+            return value if value == "full" else int(str(value))
         except ValueError:
             self.fail(f"{value!r} is neither a whole number nor full.", param, ctx)
 
