@@ -134,7 +134,7 @@ def test_a_file_holds_what_options_would_give_and_options_win(tmp_path: Path) ->
         ('{"optimizer": 3}', "optimizer must be a string, not 3"),
         ('{"dtype": "fp31"}', "dtype: 'fp31' is not one of"),
         ('{"batch_size": "all"}', "batch_size: 'all' is neither a whole number nor full"),
-        ('{"batch_size": 2.5}', "batch_size: 2.5 is neither a whole number nor full"),
+        ('{"batch_size": 2.5}', "batch_size: '2.5' is neither a whole number nor full"),
         ('{"batch_size": []}', "batch_size must be a string or a number, not a list"),
         ('{"text": "a.txt"}', "text must be a list of strings"),
         ('{"text": [1]}', "text must be a list of strings"),
